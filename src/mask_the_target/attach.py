@@ -1,0 +1,416 @@
+"""The one mechanism: the inner causal LM's forward, on the instance.
+
+In training, with labels, the forward runs the base (no gradient, adapter off, dropout off), then the adapted model,
+and returns CE + weight * TMKL as its ``loss``. Everything happens inside that forward, so any trainer that calls
+``model(**batch).loss`` trains with it. In eval mode and without labels the model's own forward answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.head import Head, HeadTap, Probed, accepted, evaluating, narrow, probe, text_config
+from mask_the_target.integrations import trl
+from mask_the_target.linear import linear_rows
+from mask_the_target.objective import IGNORE_INDEX, TMKL, denominator
+from mask_the_target.rows_torch import Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training forward's numbers: scalars on the model's device, detached. ``loss = ce + weight * kl`` (+ aux).
+
+    ``ce``, ``kl`` and ``full_kl`` (None unless asked for) are sums over the supervised positions in nats, over the
+    step's denominator: ``num_items_in_batch`` when the trainer gave it, else the supervised positions. ``supervised``
+    and ``excluded`` count positions of this forward.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    full_kl: Tensor | None
+    supervised: Tensor
+    excluded: Tensor
+
+
+@dataclass
+class Totals:
+    """Sums since the last reset, kept on the device so that no step waits for the host."""
+
+    forwards: int = 0
+    ce: Tensor | float = 0.0  # nats, not normalised
+    kl: Tensor | float = 0.0  # nats, not normalised
+    full_kl: Tensor | float = 0.0  # nats, not normalised
+    supervised: Tensor | float = 0.0
+    excluded: Tensor | float = 0.0
+
+
+@dataclass
+class _Adapted:
+    """What the adapted pass left behind at the head."""
+
+    rows: Rows
+    supervised: Tensor  # [n] indices into the flattened [B * T] positions
+
+
+@dataclass
+class Attachment:
+    """A model that trains with TMKL until :meth:`detach`; also a context manager. Made by :func:`attach`.
+
+    Attributes:
+        model: the inner causal LM whose forward was replaced.
+        options: the objective.
+        base: where the base distribution comes from.
+        last: the last training forward's numbers, or None before the first.
+        full_kl: also measure the full-vocabulary KL at each step (a little more time, no more memory).
+        totals: sums over training forwards; replace it by ``Totals()`` to start anew.
+    """
+
+    model: nn.Module
+    options: TMKL
+    base: Base
+    full_kl: bool = False
+    last: Step | None = None
+    totals: Totals = field(default_factory=Totals)
+    # Set by integrations: compute logits too, for trainers that read them; raise, not warn, where a training forward
+    # goes without TMKL; called in each backward with each position's loss and the factor that it is backpropagated
+    # with, [n] both.
+    keep_logits: bool = False
+    strict: bool = False
+    on_backward: Callable[[Tensor, Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._tap = HeadTap(self.model)
+        try:
+            self._previous = self.model.forward
+            self._own = self.model.__dict__.get("forward")
+            self._probed = probe(self.model, self._previous, self._tap)
+            self._base_tap, self._base_probed = self._probe_base()
+        except BaseException:
+            self._tap.remove()
+            raise
+        self._active = True
+        self._warned = False
+        self._running = False
+        backbone = getattr(self.model, "base_model", None)
+        self._guard = None
+        if isinstance(backbone, nn.Module) and backbone is not self.model:
+            self._guard = backbone.register_forward_pre_hook(self._notice_bypass)
+        self._token_statistics = trl.reads_token_statistics(self._previous)
+        self._names = list(inspect.signature(self._previous).parameters)
+        attachment = self
+
+        # The signature stays the model's own: trainers drop columns, and `generate` refuses arguments, by it.
+        @functools.wraps(self._previous)
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return attachment._forward(model, *args, **kwargs)
+
+        forward.__dict__.update(__signature__=inspect.signature(self._previous), attachment=self)
+        self._forward_method = types.MethodType(forward, self.model)
+        self.model.forward = self._forward_method
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model's forward is still ours, and not replaced or wrapped by another tool since."""
+        return self._active and self.model.__dict__.get("forward") is self._forward_method
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """Whether the model adds a router's auxiliary loss (mixture of experts) to its loss."""
+        return self._probed.aux_coefficient != 0
+
+    def detach(self) -> None:
+        """Give the model its own forward and head back. Calling it twice is harmless."""
+        if not self._active:
+            return
+        if not self.installed:
+            warnings.warn(
+                "another tool wrapped this model's forward after TMKL was attached, so the wrapper stays in place; "
+                "TMKL's part of it is off.",
+                stacklevel=2,
+            )
+        elif self._own is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._own
+        self._active = False
+        if self._guard is not None:
+            self._guard.remove()
+        self._tap.remove()
+        if self._base_tap is not self._tap:
+            self._base_tap.remove()
+
+    def _probe_base(self) -> tuple[HeadTap, Probed]:
+        if self.base.model is self.model:
+            return self._tap, self._probed
+        tap = HeadTap(self.base.model)
+        try:
+            own, other = self._tap.head().weight.shape[0], tap.head().weight.shape[0]
+            if own != other:
+                raise ValueError(
+                    f"the model has {own} tokens and base= has {other}; they must share one "
+                    "vocabulary to be compared token by token."
+                )
+            return tap, probe(self.base.model, self.base.model.forward, tap)
+        except BaseException:
+            tap.remove()
+            raise
+
+    def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._previous(*args, **kwargs)
+        if model is not self.model:
+            raise RuntimeError(
+                "this is a copy of a model that TMKL is attached to, and it would run the original's weights. Detach "
+                "before copying, and attach to the copy."
+            )
+        self._running = True
+        try:
+            if not model.training:
+                return self._previous(*args, **kwargs)
+            kwargs.update(zip(self._names, args, strict=False))
+            if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+                self._inactive(
+                    "a training forward came without labels, so TMKL is not in its loss. Something upstream takes the "
+                    "labels out (label_smoothing_factor, compute_loss_func, a loss that is computed from logits): turn "
+                    "it off."
+                )
+                return self._previous(**kwargs)
+            return self._train(kwargs)
+        finally:
+            self._running = False
+
+    def _notice_bypass(self, backbone: nn.Module, inputs: Any) -> None:
+        if backbone.training and not self._running:
+            self._inactive(
+                "the backbone ran in training outside of TMKL's forward, so TMKL is not in that loss. Something that "
+                "was built after attaching computes the loss from the backbone itself: attach after the trainer is "
+                "built, or use TMKLCallback."
+            )
+
+    def _inactive(self, message: str) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self.strict:
+            raise RuntimeError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def _train(self, kwargs: dict[str, Any]) -> Any:
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        fused = trl.take_loss_arguments(kwargs, self._names)
+        as_tuple = kwargs.pop("return_dict", None) is False
+        if accepted(self._previous, "use_cache"):
+            kwargs["use_cache"] = False
+        # Position t predicts the label at t + 1; under context and sequence parallelism labels come shifted already.
+        targets = shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+        supervised = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+
+        base_hidden, base_head = self._base_pass(kwargs, supervised)
+        output, adapted = self._adapted_pass(
+            kwargs, targets, supervised, base_hidden, base_head, token_statistics=fused or self._token_statistics
+        )
+        del base_hidden
+        rows = adapted.rows
+        if self.on_backward is not None and rows.loss.requires_grad:
+            rows.loss.register_hook(functools.partial(self.on_backward, rows.loss.detach()))
+        count = torch.tensor(len(supervised), device=rows.loss.device)
+        items = denominator(num_items, count)
+        loss = rows.loss.sum() / items
+        aux = output.get("aux_loss")
+        if isinstance(aux, Tensor):
+            loss = loss + self._probed.aux_coefficient * aux.to(loss.device)
+        self._record(rows, loss, items, count)
+        if fused:
+            return trl.fused_output(rows, adapted.supervised, targets, loss, aux, shifted=shift_labels is not None)
+        fields = {**output, "loss": loss}
+        if not self.keep_logits:
+            fields["logits"] = None
+        output = type(output)(**fields)
+        if self._token_statistics:
+            trl.add_token_statistics(output, rows, count)
+        return output.to_tuple() if as_tuple else output
+
+    def _base_pass(self, kwargs: dict[str, Any], supervised: Tensor) -> tuple[Tensor, Head | None]:
+        """The base's final hidden states at the supervised positions, ``[n, d]``; and its head, where it has its own.
+
+        It runs first: its activations are gone before the adapted graph is built.
+        """
+        model, tap = self.base.model, self._base_tap
+        forward = self._previous if model is self.model else model.forward
+        inputs = dict(kwargs)
+        if hasattr(text_config(model), "output_router_logits") and accepted(forward, "output_router_logits"):
+            inputs["output_router_logits"] = False  # the router's loss is the adapted pass's alone
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
+            return narrow(hidden)
+
+        with torch.no_grad(), evaluating(model), self.base.context():
+            tap.run(forward, inputs, keep)
+        if model is self.model:
+            return kept[0], None
+        return kept[0], tap.head(self._base_probed.transform)
+
+    def _adapted_pass(
+        self,
+        kwargs: dict[str, Any],
+        targets: Tensor,
+        supervised: Tensor,
+        base_hidden: Tensor,
+        base_head: Head | None,
+        token_statistics: bool,
+    ) -> tuple[Any, _Adapted]:
+        left: list[_Adapted] = []
+
+        def lose(hidden: Tensor) -> Tensor:
+            if hidden.shape[:-1] != targets.shape:
+                raise ValueError(
+                    f"labels {list(targets.shape)} don't match the positions that reach the head "
+                    f"{list(hidden.shape[:-1])}; something between them adds, drops or slices positions "
+                    "(virtual tokens, logits_to_keep)."
+                )
+            index = supervised.to(hidden.device)
+            rows = linear_rows(
+                hidden.flatten(0, -2)[index],
+                base_hidden.to(hidden.device),
+                self._tap.head(self._probed.transform),
+                targets.reshape(-1).to(hidden.device)[index],
+                self.options,
+                base_head=None if base_head is None else _on(base_head, hidden.device),
+                full_kl=self.full_kl,
+                token_statistics=token_statistics,
+            )
+            left.append(_Adapted(rows, index))
+            if self.keep_logits:
+                with torch.no_grad():
+                    return self._tap.forward(hidden)
+            return narrow(hidden)
+
+        return self._tap.run(self._previous, kwargs, lose), left[0]
+
+    def _record(self, rows: Rows, loss: Tensor, items: Tensor, count: Tensor) -> None:
+        ce, kl = rows.ce.sum(), rows.kl.sum()
+        full_kl = None if rows.full_kl is None else rows.full_kl.sum()
+        excluded = rows.excluded.sum()
+        self.last = Step(
+            loss=loss.detach(),
+            ce=ce / items,
+            kl=kl / items,
+            full_kl=None if full_kl is None else full_kl / items,
+            supervised=count,
+            excluded=excluded,
+        )
+        totals = self.totals
+        totals.forwards += 1
+        totals.ce, totals.kl = totals.ce + ce, totals.kl + kl
+        totals.supervised, totals.excluded = totals.supervised + count, totals.excluded + excluded
+        if full_kl is not None:
+            totals.full_kl = totals.full_kl + full_kl
+
+
+def attach(
+    model: nn.Module,
+    options: TMKL = TMKL(),
+    *,
+    base: BaseChoice | nn.Module | Base = "auto",
+    full_kl: bool = False,
+) -> Attachment:
+    """Make ``model(**batch).loss`` in training CE + weight * target-masked KL to the base model.
+
+    Args:
+        model: a PEFT model, a transformers model with an adapter of its own, or either inside DDP, a compiled module
+            or another wrapper with ``.module``. It must have its adapter already.
+        options: the objective, see :class:`~mask_the_target.TMKL`.
+        base: ``"auto"``, ``"off"``, ``"initial"``, a separate frozen model, or what
+            :func:`~mask_the_target.base.resolve_base` found before the adapter's weights moved.
+        full_kl: also measure the full-vocabulary KL at each step, in ``attachment.last.full_kl``.
+
+    Returns:
+        :class:`Attachment`; ``with attach(model): ...`` detaches at the end.
+
+    Raises:
+        ValueError: where the loss or the base would not be exact: no head, no adapter, a merged or prompt-learning
+            adapter, trainable weights outside it, base weights that were rewritten, logits or a loss that are not what
+            the probe expects.
+    """
+    inner, configs = unwrap(model)
+    if attachment_of(inner) is not None:
+        raise ValueError("TMKL is attached to this model already; call detach(model) first to change its options.")
+    if not isinstance(base, Base):
+        base = resolve_base(inner, base, configs=configs)
+    return Attachment(inner, options, base, full_kl)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`. Raises ValueError if nothing is attached."""
+    attachment = attachment_of(unwrap(model)[0])
+    if attachment is None:
+        raise ValueError("TMKL is not attached to this model.")
+    attachment.detach()
+
+
+def attachment_of(inner: nn.Module) -> Attachment | None:
+    """The active attachment of an inner causal LM, also where other tools have wrapped its forward since."""
+    forward: Any = inner.__dict__.get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        attachment = getattr(function, "attachment", None)
+        if isinstance(attachment, Attachment) and attachment._active and attachment.model is inner:
+            return attachment
+        forward = getattr(function, "__wrapped__", None)
+    return None
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The inner causal LM under every wrapper, and PEFT's adapter configs by name.
+
+    Raises:
+        ValueError: for ``nn.DataParallel``, whose replicas would all run the original's weights.
+    """
+    from peft import PeftMixedModel, PeftModel
+
+    configs: dict[str, Any] = {}
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "nn.DataParallel copies the model in every step, and the copies would run the original's weights. Use "
+                "one process for each device (accelerate launch, torchrun), or make one device visible."
+            )
+        if isinstance(model, (PeftModel, PeftMixedModel)):
+            configs.update(model.peft_config)
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
+            model = model.module  # type: ignore[assignment]  # DDP, FSDP1, DeepSpeed
+        else:
+            break
+    own = getattr(model, "peft_config", None)  # transformers' native adapters
+    if isinstance(own, dict):
+        configs.update(own)
+    return model, configs
+
+
+def _on(head: Head, device: torch.device) -> Head:
+    return Head(head.weight.to(device), None if head.bias is None else head.bias.to(device), head.transform)

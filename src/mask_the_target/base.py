@@ -1,0 +1,241 @@
+"""Where the base distribution comes from, and the audit that refuses a false base.
+
+Turning an adapter off gives the base model only while nothing else has moved: some initialisations subtract the
+adapter's start from the base weights, biases and norms may be trained in place, adapters may be merged. A regulariser
+anchored to such a "base" pulls towards the wrong model without a word, so each case is refused by its own sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+BaseChoice = Literal["auto", "off", "initial"]
+
+# LoRA initialisations that put the adapter's start into the base weights with a minus sign: W' = W - s B0 A0. With the
+# adapter off the model is W', not W; with the *initial* adapter on it is W, to rounding.
+_SUBTRACTING_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Base:
+    """How to run the base: ``with context():`` the model's own forward is the base's.
+
+    Attributes:
+        kind: ``"off"``, ``"initial"`` or ``"model"`` (a separate frozen model).
+        model: the causal LM whose forward is run.
+        context: makes it the base for the time of one forward.
+    """
+
+    kind: Literal["off", "initial", "model"]
+    model: nn.Module
+    context: Callable[[], AbstractContextManager[None]]
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Every module of PEFT that can pass through to the base: tuner layers and wrappers of saved modules or tokens."""
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Every adapter layer of ``model`` passes through to the base; each layer's own flag is restored afterwards.
+
+    Only the flag is touched. PEFT's ``disable_adapter`` also sets ``requires_grad`` of every adapter weight, which
+    thaws weights that were frozen on purpose, and unmerges.
+
+    Raises:
+        ValueError: if no adapter layer is found, or one is merged into the base weights.
+    """
+    layers = adapter_layers(model)
+    _require_adapter(model, layers)
+    flags = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer._disable_adapters = flag
+
+
+def resolve_base(
+    model: nn.Module, base: BaseChoice | nn.Module = "auto", *, configs: dict[str, Any] | None = None
+) -> Base:
+    """Audit ``model`` and decide what its base is.
+
+    Args:
+        model: the inner causal LM with its adapter layers, as it is before training.
+        base: ``"off"``: the model with its adapters off. ``"initial"``: the model with a frozen copy of the adapter as
+            it is now. ``"auto"``: ``"initial"`` for initialisations that rewrite the base weights (PiSSA, OLoRA,
+            CorDA, LoRA-GA), else ``"off"``. Or a separate frozen model.
+        configs: PEFT's config of each adapter, by name.
+
+    Raises:
+        ValueError: for each way in which the base would not be the true one; the message names the remedy.
+    """
+    configs = configs or {}
+    if not isinstance(base, nn.Module) and base not in ("auto", "off", "initial"):
+        raise ValueError(f"base={base!r} is unknown; use 'auto', 'off', 'initial' or a separate frozen model.")
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"adapter {name!r} is prompt learning ({_peft_type(config)}): it adds virtual tokens in front of the "
+                "sequence, so base and adapted model don't see the same positions. Use LoRA or another weight adapter."
+            )
+    layers = adapter_layers(model)
+    _require_adapter(model, layers)
+    if isinstance(base, nn.Module):
+        return _separate(model, base)
+
+    adapter_parameters = _adapter_parameters(layers)
+    _require_frozen_rest(model, adapter_parameters, configs)
+    subtracting = [name for name, config in configs.items() if _init(config).startswith(_SUBTRACTING_INITS)]
+    for name, config in configs.items():
+        if getattr(config, "kasa_config", None) is not None:
+            raise ValueError(
+                f"adapter {name!r} uses KaSA, which truncates the base weights and can't be undone: the base is gone. "
+                "Pass a separately loaded model as base=, or use another adapter."
+            )
+        if _init(config) == "loftq" and base != "initial":
+            raise ValueError(
+                f"adapter {name!r} was initialised by LoftQ, which replaced the base weights by their quantised form; "
+                "off, the model is neither the base nor LoftQ's approximation of it. Use base='initial' for the "
+                "approximation, or pass a separately loaded model as base=."
+            )
+    if base == "off" and subtracting:
+        config = configs[subtracting[0]]
+        raise ValueError(
+            f"adapter {subtracting[0]!r} was initialised by {_init(config)!r}, which subtracted the initial adapter "
+            "from the base weights: with the adapter off the model is not the base. Use base='initial' (or 'auto'), "
+            "which keeps a frozen copy of the initial adapter."
+        )
+    if base == "initial" or (base == "auto" and subtracting):
+        for name in subtracting:
+            _require_untrained(name, _init(configs[name]), layers)
+        return Base("initial", model, _initial_adapters(adapter_parameters))
+    return Base("off", model, lambda: adapters_off(model))
+
+
+def _init(config: Any) -> str:
+    return str(getattr(config, "init_lora_weights", "")).lower()
+
+
+def _peft_type(config: Any) -> str:
+    kind = getattr(config, "peft_type", "?")
+    return str(getattr(kind, "value", kind))
+
+
+def _require_adapter(model: nn.Module, layers: list[Any]) -> None:
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no adapter layer, so there is no base to turn to. Add one first, with "
+            "peft.get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...))."
+        )
+    for layer in layers:
+        # Wrappers have the list of merged adapters but no `merged` property.
+        if layer.merged_adapters:
+            raise ValueError(
+                f"adapter {layer.merged_adapters[0]!r} is merged into the base weights, so the base can't be reached. "
+                "Call model.unmerge_adapter() first."
+            )
+
+
+def _adapter_parameters(layers: list[Any]) -> list[nn.Parameter]:
+    """Weights that belong to adapters, each once; compared by identity since some are shared between layers."""
+    found: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        frozen_part = "base_layer." if isinstance(layer, BaseTunerLayer) else "original_module."
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            if not name.startswith(frozen_part):
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _require_frozen_rest(model: nn.Module, adapter: list[nn.Parameter], configs: dict[str, Any]) -> None:
+    inside = {id(parameter) for parameter in adapter}
+    moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if not moving:
+        return
+    biased = [name for name, config in configs.items() if getattr(config, "bias", "none") != "none"]
+    if biased and all(name.endswith("bias") for name in moving):
+        raise ValueError(
+            f"adapter {biased[0]!r} has bias={configs[biased[0]].bias!r}, which trains {len(moving)} biases of the "
+            f"base in place ({moving[0]}, ...): with the adapter off the model would not be the base. Use bias='none'."
+        )
+    raise ValueError(
+        f"{len(moving)} weights outside the adapter are trainable ({', '.join(moving[:3])}"
+        f"{', ...' if len(moving) > 3 else ''}): once they move, the model with its adapter off is not the base. "
+        "Freeze them, list their modules in modules_to_save, or pass a separate frozen model as base=."
+    )
+
+
+def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
+    """PiSSA and OLoRA start from known singular structure; an adapter without it has been trained already."""
+    for layer in layers:
+        a, b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+        if name not in a or name not in b:
+            continue
+        gram_b = b[name].weight.detach().float()
+        gram_b = gram_b.t() @ gram_b  # [r, r]
+        if init.startswith("pissa"):
+            gram_a = a[name].weight.detach().float()
+            start = gram_a @ gram_a.t()  # both are the top singular values
+        elif init.startswith("olora"):
+            start = torch.eye(len(gram_b), device=gram_b.device)  # B holds orthonormal columns
+        else:
+            return  # CorDA and LoRA-GA start from the data: nothing to check against
+        if (gram_b - start).norm() > 0.02 * start.norm():
+            raise ValueError(
+                f"adapter {name!r} was initialised by {init!r} but has been trained since: the initial adapter, which "
+                "the true base needs, is gone. Attach before training or before the checkpoint is loaded, or pass a "
+                "separately loaded base model as base=."
+            )
+        return
+
+
+def _initial_adapters(parameters: list[nn.Parameter]) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the adapter's weights are what they are now. Memory: one frozen copy of the adapter."""
+    initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        current = [parameter.data for parameter in parameters]
+        for index, parameter in enumerate(parameters):
+            if initial[index].device != parameter.device:  # the model was moved after attaching
+                initial[index] = initial[index].to(parameter.device)
+            parameter.data = initial[index]
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, current, strict=True):
+                parameter.data = data
+
+    return context
+
+
+def _separate(model: nn.Module, base: nn.Module) -> Base:
+    if base is model or any(module is base for module in model.modules()) or any(m is model for m in base.modules()):
+        raise ValueError(
+            "base= is the model that is trained, so it would be compared with itself. Use base='auto' to turn its "
+            "adapter off, or pass a model that was loaded separately."
+        )
+    shared = {id(p) for p in model.parameters() if p.requires_grad} & {id(p) for p in base.parameters()}
+    if shared:
+        raise ValueError(
+            f"base= shares {len(shared)} trainable weights with the model that is trained, so it would move with it. "
+            "Pass a model that was loaded separately."
+        )
+    return Base("model", base, _nothing)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

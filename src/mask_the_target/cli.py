@@ -1,0 +1,257 @@
+"""The command `mtt`. Imports are light, so that `mtt --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: mtt COMMAND ...
+
+Fine-tune with target-masked KL, and see what was learned and what was kept.
+
+  mtt demo                           the main job on a small model: plain CE beside TMKL, with a table and a page
+  mtt train CONFIG.yaml              train an adapter; a TRL user's SFT config works as it is
+  mtt eval --model M --adapter DIR   measure base and adapted model in one load
+
+'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
+"""
+# Initialisations that rewrite the base's weights when they are loaded: with the adapter off, it is not the base.
+REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def _train(argv: Sequence[str]) -> int:
+    from mask_the_target.front.train import main
+
+    return main(argv)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from mask_the_target.front.demo import main
+
+    return main(argv)
+
+
+def _eval(argv: Sequence[str]) -> int:
+    """Measure a model, and with --adapter base and adapted in one load. Input is checked before weights are read."""
+    parser = argparse.ArgumentParser(
+        prog="mtt eval",
+        description="Measure what a model has learned and what it has kept.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="package:smollm2", help="hub name, folder, or package:NAME")
+    parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (safetensors)")
+    parser.add_argument("--probes", help="of target, text, facts, drift, by commas; default: all that apply")
+    rows_from = parser.add_mutually_exclusive_group()
+    rows_from.add_argument("--recipe", help="held-out pairs for target and drift: a built-in recipe's test split")
+    rows_from.add_argument("--dataset", help="held-out pairs for target and drift: a data file, folder or name")
+    parser.add_argument("--split", help="split of --dataset; default: test if there is one, else the first")
+    parser.add_argument("--quick", action="store_true", help="about a third of the samples")
+    parser.add_argument("--output", type=Path, help="write the results as JSON to this file")
+    options = parser.parse_args(list(argv))
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from mask_the_target.front import report
+    from mask_the_target.front.backbones import resolve_model
+    from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair
+    from mask_the_target.front.recipes import find_recipe
+    from mask_the_target.front.train import versions, write_json
+
+    rows: Any = options.recipe
+    if options.recipe is not None:
+        find_recipe(options.recipe)
+    elif options.dataset is not None:
+        rows = held_out_rows(options.dataset, options.split)
+    if options.probes is None:
+        probes = ["text", "facts"] if rows is None else ["target", "text", "facts"]
+        probes += ["drift"] if rows is not None and options.adapter is not None else []
+    else:
+        probes = [probe.strip() for probe in options.probes.split(",") if probe.strip()]
+    for probe in check_probes(probes):
+        if probe in ("target", "drift") and rows is None:
+            raise ValueError(f"The probe {probe!r} needs held-out pairs: add --recipe NAME or --dataset FILE.")
+        if probe == "drift" and options.adapter is None:
+            raise ValueError("The probe 'drift' compares base and adapted: add --adapter DIR, or leave it out.")
+
+    path = resolve_model(options.model)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The model {options.model!r} cannot be found or read: {reason}") from error
+    if options.adapter is not None:
+        check_adapter(options.adapter, config)
+
+    import torch
+
+    started = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    common: dict[str, Any] = {
+        "probes": probes,
+        "target_rows": rows,
+        "sizes": ProbeSizes.quick() if options.quick else ProbeSizes.full(),
+        "progress": True,
+    }
+    if options.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(options.adapter))
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    model.eval()
+    found = (
+        evaluate_pair(model, tokenizer, **common)
+        if options.adapter is not None
+        else {"base": evaluate_one(model, tokenizer, **common)}
+    )
+    comparison = {
+        "title": f"{options.model}" + (f" with {options.adapter}" if options.adapter is not None else ""),
+        "command": shlex.join(["mtt", "eval", *argv]),
+        "settings": {name: str(value) for name, value in vars(options).items() if value is not None},
+        "versions": versions(),
+        "machine": report.machine(),
+        "seconds": {"measuring": time.monotonic() - started},
+        "arms": [{"name": name, "probes": result} for name, result in found.items()],
+    }
+    report.print_table(comparison)
+    if options.output is not None:
+        write_json(options.output, comparison)
+        print(f"Written to {options.output}.")
+    return 0
+
+
+def held_out_rows(name: str, split: str | None = None) -> list[dict[str, Any]]:
+    """Prompt-completion rows of a data file, folder or name; of `messages`, the last turn is the completion.
+
+    Raises ValueError or FileNotFoundError with a sentence.
+    """
+    from mask_the_target.front.train import check_columns, load_named, take_split
+
+    found: Any = load_named(name, None, False)
+    if split is None:
+        split = "test" if "test" in found else next(iter(found))
+    table = take_split(found, split, name)
+    check_columns(table, "text", name)
+    if "prompt" in table.column_names:
+        return [{"prompt": row["prompt"], "completion": row["completion"]} for row in table]
+    if "messages" not in table.column_names:
+        raise ValueError(
+            f"{name}: the probes 'target' and 'drift' need a prompt and its answer: columns 'prompt' and 'completion', "
+            f"or 'messages'. Columns found: {', '.join(table.column_names)}."
+        )
+    return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in table]
+
+
+def check_adapter(folder: Path, config: Any) -> None:
+    """Refuse an adapter that doesn't fit the model of `config`, or whose "off" is not that model; no weight is read.
+
+    The model is built without memory, with the adapter that adapter_config.json describes, and its shapes are compared
+    with those in the header of adapter_model.safetensors. Raises ValueError or FileNotFoundError with a sentence.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not an adapter: it has no adapter_config.json.")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        reason = "only adapter_model.bin, a pickle, which can run code" if pickled else "no weights"
+        raise FileNotFoundError(f"{folder} has no adapter_model.safetensors, but {reason}. Save it as safetensors.")
+    try:
+        initial = str(json.loads((folder / "adapter_config.json").read_text()).get("init_lora_weights", "")).lower()
+        if initial.startswith(REWRITES_BASE):
+            raise ValueError(
+                f"{folder} was initialised with {initial!r}, which rewrote the base's weights: with the adapter off, "
+                "the model is not the base. Convert it to plain LoRA when saving (PEFT: save_pretrained with "
+                "path_initial_model_for_weight_conversion)."
+            )
+        adapter = PeftConfig.from_pretrained(str(folder))
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    if adapter.is_prompt_learning or kind == "ADAPTION_PROMPT":
+        raise ValueError(
+            f"{folder} is a prompt-learning adapter ({kind}): it adds tokens instead of changing layers, so base and "
+            "adapted can't be compared position by position. Use LoRA or another adapter of layers."
+        )
+    try:
+        with safe_open(weights, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
+    adapter.inference_mode = True
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} doesn't fit this {type(config).__name__.removesuffix('Config')}: {error}"
+        ) from error
+    expected = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    base = {n: tuple(t.shape) for n, t in model.get_base_model().state_dict().items()}  # for saved embeddings
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        module = name.removeprefix("base_model.model.")
+        wanted = expected.get(name, base.get(module, base.get(module.replace(".weight", ".base_layer.weight"))))
+        if name not in found:
+            reason = f"the model needs {module}, which the adapter doesn't have"
+        elif wanted is None:
+            reason = f"it adapts {module}, which the model doesn't have"
+        elif wanted != found[name]:
+            reason = f"{module} has shape {found[name]}, the model needs {wanted}"
+        else:
+            continue
+        raise ValueError(f"{folder} doesn't fit the model: {reason}.")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "eval": _eval, "demo": _demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 2 for input that cannot work (the reason is on standard error),
+    3 for a run that a NaN stopped, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("mask-the-target"))
+        except PackageNotFoundError:
+            print("not installed (run from source)")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"mtt: unknown command {args[0]!r}; commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    # Libraries that tell each other about renamed arguments: nothing that the user of a command can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    try:
+        return COMMANDS[args[0]](args[1:])
+    except KeyboardInterrupt as interrupt:
+        print(f"\nmtt: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        stopped = type(error).__name__ == "BadLossError"
+        if os.environ.get("MTT_TRACEBACK") or (isinstance(error, RuntimeError) and not stopped):
+            traceback.print_exc()
+        print(f"mtt {args[0]}: {error}", file=sys.stderr)
+        return 3 if stopped else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

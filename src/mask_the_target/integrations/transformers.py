@@ -1,0 +1,208 @@
+"""One line for transformers' Trainer and TRL's SFTTrainer: ``callbacks=[TMKLCallback(TMKL(weight=1.0))]``.
+
+The base is settled when the trainer is built (a checkpoint may be loaded later, and the initial adapter would be
+gone); the forward is attached when training begins, on top of whatever the trainer has patched by then. The first
+optimiser step proves that the loss which the trainer backpropagates is ours, or stops.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from mask_the_target.attach import Attachment, Totals, attach, unwrap
+from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.integrations import trl
+from mask_the_target.objective import TMKL
+
+
+class TMKLCallback(TrainerCallback):
+    """Trains with CE + weight * target-masked KL and logs both terms as ``ce`` and ``kl`` (nats per token).
+
+    Args:
+        options: the objective, see :class:`~mask_the_target.TMKL`.
+        base: ``"auto"``, ``"off"``, ``"initial"`` or a separate frozen model, see :func:`~mask_the_target.attach`.
+        full_kl: also measure and log the full-vocabulary KL as ``full_kl``.
+
+    Raises:
+        ValueError: when the trainer is built, for what :func:`~mask_the_target.attach` refuses and for
+            ``label_smoothing_factor``, ``loss_type="dft"`` and ``nn.DataParallel``.
+        RuntimeError: in the first step, when the loss that the trainer backpropagates is not ours; later, when a
+            training forward comes without labels or bypasses ours.
+    """
+
+    def __init__(self, options: TMKL = TMKL(), base: BaseChoice | nn.Module = "auto", *, full_kl: bool = False) -> None:
+        if not isinstance(options, TMKL):
+            raise ValueError(f"TMKLCallback takes the options as TMKL(...), got {type(options).__name__}.")
+        self.options = options
+        self.full_kl = full_kl
+        self._choice = base
+        self._base: Base | None = None
+        self._attachment: Attachment | None = None
+        # The proof that the trainer backpropagates our loss: each backward's factors, until the first optimiser step;
+        # and the value that they give, until the first log.
+        self._factors: list[Tensor] | None = []
+        self._backpropagated: Tensor | float = 0.0
+        self._steps = 0
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The attachment while training, else None."""
+        return self._attachment
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _check_arguments(args)
+        if getattr(args, "use_liger_kernel", False):
+            # Liger's fused cross-entropy would replace the forward in train(), ours included; its layers may stay.
+            keep = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), **keep}
+        _log_before_reporters(self)
+        model = kwargs.get("model")
+        if model is not None:
+            inner, configs = unwrap(model)
+            self._base = resolve_base(inner, self._choice, configs=configs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _check_arguments(args)
+        if self._attachment is not None:  # an earlier train() was interrupted
+            self._attachment.detach()
+        model = kwargs["model"]
+        if self._base is None or (self._base.model is not unwrap(model)[0] and self._base.kind != "model"):
+            inner, configs = unwrap(model)
+            self._base = resolve_base(inner, self._choice, configs=configs)
+        self._attachment = attach(model, self.options, base=self._base, full_kl=self.full_kl)
+        self._attachment.strict = True
+        self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
+        self._factors, self._backpropagated, self._steps = [], 0.0, 0
+        self._attachment.on_backward = self._note_backward
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._factors is None or self._attachment is None:
+            return
+        forwards, backwards = self._attachment.totals.forwards, len(self._factors)
+        if forwards == 0:
+            raise RuntimeError(
+                "the first step's loss did not come from the model's forward, so TMKL is not in it: the trainer (or "
+                "something patched into it) computes its loss on its own. Nothing was trained. This version of the "
+                "trainer is not supported with these settings."
+            )
+        if backwards < forwards:
+            raise RuntimeError(
+                f"the model's forward computed TMKL's loss {forwards} times in the first step, but the trainer "
+                f"backpropagated it {backwards} times: it trains on another loss. Nothing was trained."
+            )
+        for factors in self._factors:
+            if factors.numel() and not (factors.min() > 0 and torch.allclose(factors, factors[:1])):
+                raise RuntimeError(
+                    "the trainer weights the positions' losses one by one (factors from "
+                    f"{float(factors.min()):.3g} to {float(factors.max()):.3g}), so it trains on another loss than "
+                    "TMKL's. Nothing was trained. Turn token weighting off (loss_type='nll')."
+                )
+        self._factors = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._attachment is None or logs is None or "loss" not in logs or self._attachment.totals.forwards == 0:
+            return
+        totals, self._attachment.totals = self._attachment.totals, Totals()
+        ce, kl, full_kl, supervised, excluded, backpropagated, ranks = _sum_over_ranks(totals, self._backpropagated)
+        metrics = {"ce": ce / max(1.0, supervised), "kl": kl / max(1.0, supervised)}
+        if self.full_kl:
+            metrics["full_kl"] = full_kl / max(1.0, supervised)
+        if self.options.exclude_base_above is not None:
+            metrics["excluded"] = excluded / max(1.0, supervised)
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+        if self._attachment.on_backward is not None:
+            self._attachment.on_backward = None
+            scaled = args.fp16 or args.deepspeed or self._attachment.has_aux_loss
+            if not scaled:  # by a gradient scaler, or with a term beside ours: the value can't be told from here
+                _check_logged(float(logs["loss"]), backpropagated / ranks / max(1, self._steps), self._steps)
+
+    def _note_backward(self, losses: Tensor, factors: Tensor) -> None:
+        self._backpropagated = self._backpropagated + (losses * factors).sum()
+        if self._factors is not None:
+            self._factors.append(factors)
+
+
+def _check_logged(logged: float, ours: float, steps: int) -> None:
+    """The first logged loss must be the one that was backpropagated through us. NaN is left to others to stop."""
+    if math.isfinite(logged) and math.isfinite(ours) and abs(logged - ours) > 2e-3 + 0.01 * abs(ours):
+        raise RuntimeError(
+            f"the trainer logged a loss of {logged:.4f} over its first {steps} steps, but {ours:.4f} was "
+            "backpropagated through TMKL's: it adds to it, or trains on another. Check for a subclass of the trainer "
+            "that changes compute_loss."
+        )
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    if getattr(args, "label_smoothing_factor", 0):
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} makes the trainer compute its own loss from logits, "
+            "without TMKL. Set it to 0: TMKL already keeps the non-targets' distribution from collapsing."
+        )
+    if getattr(args, "loss_type", None) == "dft":
+        raise ValueError("loss_type='dft' replaces the cross-entropy that TMKL is defined with. Use loss_type='nll'.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"the trainer would wrap the model in nn.DataParallel over {args.n_gpu} devices, whose copies run the "
+            "original's weights. Start it with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def _log_before_reporters(callback: TMKLCallback) -> None:
+    """Move ``callback`` to the front of the trainer's callbacks, so that reporters see what it adds to the logs.
+
+    Trainers put the user's callbacks behind TensorBoard's, W&B's and the progress bar's, and hand a callback no way to
+    the list; the handler that is calling us is one frame up.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:
+        print("TMKLCallback: ce and kl reach the trainer's log history only, not its reporters.", file=sys.stderr)
+        return
+    callbacks = frame.f_locals["self"].callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
+
+
+def _sum_over_ranks(totals: Totals, backpropagated: Tensor | float) -> list[float]:
+    """ce, kl, full_kl, supervised, excluded, backpropagated and the number of ranks.
+
+    The one place where the device is waited for, at log time.
+    """
+    values = [totals.ce, totals.kl, totals.full_kl, totals.supervised, totals.excluded, backpropagated, 1.0]
+    device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(stacked)
+    return stacked.tolist()

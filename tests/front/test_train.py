@@ -1,0 +1,387 @@
+"""`mtt train` end to end on a toy Llama: what a user meets, from the YAML file to the saved adapter."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from mask_the_target.cli import main
+from mask_the_target.front import train
+
+WORDS = ["the", "capital", "of", "what", "is", "say", "please", "france", "spain", "italy", "paris", "madrid", "rome"]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_model(folder: Path) -> Path:
+    """A Llama of 12k parameters with a word tokenizer and a chat template, as an ordinary model folder."""
+    special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: number for number, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=vocabulary["<end>"],
+        pad_token_id=vocabulary["<pad>"],
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int = 16) -> list[dict[str, Any]]:
+    cities = {"france": "paris", "spain": "madrid", "italy": "rome"}
+    rows = []
+    for number in range(count):
+        country = sorted(cities)[number % 3]
+        tail = " please" * (number % 4)
+        question = {"role": "user", "content": f"what is the capital of {country}{tail}"}
+        rows.append({"prompt": [question], "completion": [{"role": "assistant", "content": cities[country]}]})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    """A TRL user's YAML file, as it would be for `trl sft`."""
+    data = write_rows(tmp_path / "data.jsonl", make_rows())
+    text = f"""
+model_name_or_path: {model}
+dataset_name: {data}
+output_dir: {tmp_path / "out"}
+use_peft: true
+lora_r: 4
+lora_dropout: 0.0
+learning_rate: 1.0e-2
+max_steps: 6
+per_device_train_batch_size: 4
+gradient_checkpointing: false
+bf16: false
+logging_steps: 1
+save_steps: 2
+disable_tqdm: true
+"""
+    path = tmp_path / "sft.yaml"
+    path.write_text(text)
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 18)[None]).logits
+
+
+class Grab(TrainerCallback):
+    """Keeps the trained model's own logits, to compare with what is loaded from disk."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.logits = logits(kwargs["model"])
+
+
+# ------------------------------------------------------------------------------------------------ a run, end to end
+
+
+@pytest.mark.parametrize("method", ["ce", "tmkl"])
+def test_adapter_loads_in_plain_peft_with_the_same_logits(
+    config: Path, model: Path, tmp_path: Path, method: str
+) -> None:
+    grab = Grab()
+    train.run(train.parse([str(config), "--method", method]), [grab])
+    base = AutoModelForCausalLM.from_pretrained(model)
+    before = logits(base)
+    after = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
+    torch.testing.assert_close(after, grab.logits, rtol=0, atol=1e-6)
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_without_our_keys_a_trl_config_trains_with_tmkl(config: Path, tmp_path: Path) -> None:
+    record = train.run(train.parse([str(config)]))
+    assert record["method"]["method"] == "tmkl"
+    steps = [entry for entry in record["log_history"] if "kl" in entry]
+    assert len(steps) == 6
+    assert abs(steps[0]["kl"]) < 1e-6  # LoRA starts as the base
+    assert steps[-1]["kl"] > 0
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], abs=2e-4)  # weight 1
+
+
+def test_example_config() -> None:
+    settings = train.parse([str(Path(__file__).parents[2] / "examples" / "sft.yaml"), "--seed", "4"])
+    assert settings.tmkl.options().weight == 1.0
+    assert settings.script.dataset_name == "recipe:arpabet"
+    assert settings.training.learning_rate == 1e-3
+    assert settings.training.seed == 4
+
+
+def test_run_json_and_model_card(config: Path, tmp_path: Path) -> None:
+    assert main(["train", str(config), "--tmkl_weight", "0.5", "--seed", "3"]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["method"]["tmkl_weight"] == 0.5
+    assert record["seed"] == 3
+    assert record["steps"] == 6
+    assert record["supervision"] == {"documents": 16, "unsupervised": 0, "tokens": 48 - 16}
+    assert record["data"]["fingerprint"].startswith("sha256:")
+    assert record["versions"]["torch"] == torch.__version__
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("2605.29498", "PeftModel.from_pretrained", "weight 0.5", str(tmp_path / "data.jsonl"), "mtt eval"):
+        assert part in card
+    assert not list((tmp_path / "out").glob("*.bin.tmp"))
+
+
+@pytest.mark.parametrize("method", ["ce", "tmkl"])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(config: Path, tmp_path: Path, method: str) -> None:
+    class PressCtrlC(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.run(train.parse([str(config), "--method", method, "--output_dir", str(whole)]))
+    argv = [str(config), "--method", method, "--output_dir", str(cut)]
+    with pytest.raises(train.Interrupted, match=r"after step 3 of 6.*--resume_from_checkpoint last"):
+        train.run(train.parse(argv), [PressCtrlC()])
+    assert not (cut / "adapter_model.safetensors").exists()
+    assert json.loads((cut / "run.json").read_text())["status"] == "running"
+    # A checkpoint that a crash left half-written is not trusted, though its number is higher.
+    half = cut / "checkpoint-5"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global_step": 5, "log_his')
+    record = train.run(train.parse([*argv, "--resume_from_checkpoint", "last"]))
+    assert record["steps"] == 6
+    expected, found = weights(whole), weights(cut)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_resume_refuses_other_settings_and_a_second_run_in_one_folder(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "--max_steps", "2"]) == 0
+    assert main(["train", str(config)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", str(config), "--resume_from_checkpoint", "last", "--tmkl_weight", "2"]) == 2
+    assert "tmkl_weight was 1.0 and is now 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["ce", "tmkl"])
+def test_nan_stops_before_the_weights_change_and_saves_the_batch(config: Path, tmp_path: Path, method: str) -> None:
+    class Poison(TrainerCallback):
+        """At step 3 the head becomes NaN, so the loss does."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.adapter = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters() if "lora" in n}
+                self.model = kwargs["model"]
+                kwargs["model"].get_output_embeddings().weight.data[0, 0] = float("nan")
+
+    poison = Poison()
+    with pytest.raises(train.BadLossError, match=r"loss became nan in step 4.*checkpoint-2"):
+        train.run(train.parse([str(config), "--method", method]), [poison])
+    for name, parameter in poison.model.named_parameters():
+        if "lora" in name:
+            assert torch.equal(parameter, poison.adapter[name])
+    saved = load_file(tmp_path / "out" / "bad_batch" / "batch.safetensors")
+    assert saved["input_ids"].shape == saved["labels"].shape
+    assert saved["input_ids"].shape[0] == 4
+    note = json.loads((tmp_path / "out" / "bad_batch" / "batch.json").read_text())
+    assert note["optimizer_steps_done"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out" / "checkpoint-2").values())
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+def test_infinite_gradient_stops_too(config: Path, tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            parameter = next(p for n, p in kwargs["model"].named_parameters() if "lora_B" in n)
+            parameter.register_hook(lambda gradient: gradient * float("inf"))
+
+    with pytest.raises(train.BadLossError, match="gradient became"):
+        train.run(train.parse([str(config), "--method", "ce"]), [Poison()])
+    assert (tmp_path / "out" / "bad_batch" / "batch.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "what is", "completion": " paris"}],
+        [{"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "paris"}]}],
+        [{"text": "the capital of france is paris"}],
+    ],
+    ids=["prompt-completion", "messages", "text"],
+)
+def test_data_forms(config: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    data = write_rows(tmp_path / "form.jsonl", rows * 4)
+    record = train.run(train.parse([str(config), "--dataset_name", str(data), "--max_steps", "1"]))
+    assert record["supervision"]["documents"] == 4
+
+
+def test_csv_parquet_folder_and_split_slices(config: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"prompt": ["what is", "say"] * 3, "completion": [" paris", " rome"] * 3})
+    rows.to_csv(tmp_path / "data.csv")
+    rows.to_parquet(tmp_path / "data.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows.to_json(folder / "train.jsonl")
+    for name in ("data.csv", "data.parquet", "folder"):
+        settings = train.parse(
+            [str(config), "--dataset_name", str(tmp_path / name), "--dataset_train_split", "train[1:5]"]
+        )
+        data = train.load_data(settings)
+        assert data.train["completion"][:2] == [" rome", " paris"]
+        assert len(data.train) == 4
+
+
+def test_packing_counts_documents(config: Path, tmp_path: Path) -> None:
+    argv = [str(config), "--packing", "true", "--max_length", "64", "--max_steps", "1", "--method", "ce"]
+    record = train.run(train.parse(argv))
+    assert record["supervision"] == {"documents": 16, "unsupervised": 0, "tokens": 32}
+
+
+# ------------------------------------------------------------------------------------- what a wrong input is answered
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["train", *argv]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_unknown_options_and_values(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def with_line(line: str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(config.read_text() + line + "\n")
+        return str(path)
+
+    assert "Unknown option 'tmkl_wieght' in" in (found := refused([with_line("tmkl_wieght: 1")], capsys))
+    assert "Did you mean 'tmkl_weight'?" in found
+    assert "Unknown option '--lora-rank'" in refused([str(config), "--lora-rank", "4"], capsys)
+    assert "max_steps: 'soon' is not a valid int" in refused([with_line("max_steps: soon")], capsys)
+    assert "tmkl_divergence: 'backward' is not one of" in refused([with_line("tmkl_divergence: backward")], capsys)
+    assert "eval_strategy" in refused([with_line("eval_strategy: sometimes")], capsys)
+    assert "weight" in refused([str(config), "--tmkl_weight", "-1"], capsys)
+    assert "no config file 'none.yaml'" in refused(["none.yaml"], capsys)
+    assert "must hold 'key: value' lines" in refused(
+        [str(write_rows(tmp_path / "list.yaml", [{}]))[:0] or str(_list_file(tmp_path))], capsys
+    )
+
+
+def _list_file(tmp_path: Path) -> Path:
+    path = tmp_path / "list.yaml"
+    path.write_text("- one\n- two\n")
+    return path
+
+
+def test_impossible_combinations(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "full fine-tune" in refused([str(config), "--use_peft", "false"], capsys)
+    assert "label_smoothing_factor is 0.1" in refused([str(config), "--label_smoothing_factor", "0.1"], capsys)
+    assert "'dft'" in refused([str(config), "--loss_type", "dft"], capsys)
+    train.parse([str(config), "--loss_type", "dft", "--method", "ce"])  # plain CE may
+
+
+def test_data_that_cannot_work(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def with_rows(rows: list[dict[str, Any]], *more: str) -> str:
+        return refused([str(config), "--dataset_name", str(write_rows(tmp_path / "bad.jsonl", rows)), *more], capsys)
+
+    assert "no data file" in refused([str(config), "--dataset_name", str(tmp_path / "no.jsonl")], capsys)
+    assert "the column 'completion' is missing. Columns found: answer, prompt" in with_rows(
+        [{"answer": "a", "prompt": "b"}]
+    )
+    assert "needs 'prompt' and 'completion', or 'messages', or 'text'. Columns found: question" in with_rows(
+        [{"question": "what"}]
+    )
+    assert "row 1 has no 'completion'" in with_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    assert "is empty" in with_rows([])
+    assert "has no split 'validation'; it has: train" in with_rows(make_rows(2), "--dataset_train_split", "validation")
+    assert "split 'train[5:9]' of" in with_rows(make_rows(2), "--dataset_train_split", "train[5:9]")
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    assert "cannot be read" in refused([str(config), "--dataset_name", str(tmp_path / "broken.jsonl")], capsys)
+    assert "Unknown recipe 'recipe:nope'. Known: recipe:arpabet" in refused(
+        [str(config), "--dataset_name", "recipe:nope"], capsys
+    )
+    assert "row 1 of" in with_rows(
+        [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [3, 4, 5], "labels": [-100, 4, 99]}]
+    ).replace("Row", "row")
+
+
+def test_model_that_is_not_there(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "The model './nowhere' cannot be" in refused([str(config), "--model_name_or_path", "./nowhere"], capsys)
+
+
+def test_unsupervised_sequences_are_counted_and_refused_if_all(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(6)
+    rows[2]["prompt"][0]["content"] = "what " * 40  # max_length leaves only the prompt
+    argv = [str(config), "--dataset_name", str(write_rows(tmp_path / "some.jsonl", rows)), "--max_length", "24"]
+    assert main(["train", *argv, "--max_steps", "1"]) == 0
+    assert "1 of 6 sequences have no supervised token" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["supervision"]["unsupervised"] == 1
+    argv += ["--max_length", "4", "--output_dir", str(tmp_path / "other")]
+    assert "None of the 6 sequences" in refused(argv, capsys)
+
+
+def test_check_labels_on_packed_rows_and_bad_rows() -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [[1, 2, 3, 4], [5, 6]],
+            "labels": [[-100, 2, 3, -100], [5, -100]],
+            "seq_lengths": [[2, 2], [2]],
+        }
+    )
+    # Document 0 supervises token 1; document 1 only its own first token, which nothing predicts; document 2 likewise.
+    assert train.check_labels(rows, 10) == train.Supervision(documents=3, unsupervised=2, tokens=1)
+    with pytest.raises(ValueError, match=r"Row 1 of .* has the input id 6, outside the model's vocabulary of 6"):
+        train.check_labels(rows.remove_columns("labels"), 6)
+    with pytest.raises(ValueError, match="has the label -3"):
+        train.check_labels(Dataset.from_dict({"labels": [[1, -3]]}), 6)

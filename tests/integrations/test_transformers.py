@@ -1,0 +1,378 @@
+"""TMKLCallback in the real Trainer and the real SFTTrainer, on a toy model; and what makes it stop."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from packaging.version import Version
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from conftest import batch, toy_llama, with_lora
+from mask_the_target import TMKL, TMKLCallback
+from mask_the_target.attach import unwrap
+from reference import reference_loss
+
+ROWS = [{k: v[i].tolist() for k, v in batch(rows=8, length=12, seed=s).items()} for s in range(2) for i in range(8)]
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {k: torch.tensor([row[k] for row in rows]) for k in ("input_ids", "attention_mask", "labels")}
+
+
+def _arguments(tmp_path: Path, kind: type = TrainingArguments, **kwargs: Any) -> Any:
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "seed": 0,
+    }
+    return kind(**(settings | kwargs))
+
+
+def _trainer(tmp_path: Path, model: nn.Module, callback: TMKLCallback, cls: type = Trainer, **kwargs: Any) -> Trainer:
+    dataset = kwargs.pop("train_dataset", ROWS)
+    trainer_kwargs = {k: kwargs.pop(k) for k in ("compute_loss_func", "eval_dataset") if k in kwargs}
+    return cls(
+        model=model,
+        args=_arguments(tmp_path, **kwargs),
+        train_dataset=dataset,
+        data_collator=_collate,
+        callbacks=[callback],
+        **trainer_kwargs,
+    )
+
+
+def _logged(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class _Keep(TrainerCallback):
+    """A reporter: the logs as they reach it."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
+
+
+def test_trainer_trains_on_ce_plus_kl_and_logs_both_to_its_reporters(tmp_path: Path) -> None:
+    base = toy_llama()
+    model = with_lora(copy.deepcopy(base), moved=0.2)
+    start = copy.deepcopy(model)
+    keep, callback = _Keep(), TMKLCallback(TMKL(weight=0.5), full_kl=True)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(tmp_path),
+        train_dataset=ROWS,
+        data_collator=_collate,
+        callbacks=[keep, callback],  # the reporter stands first, as W&B's does
+    )
+    batches = [_collate(rows) for rows in torch.utils.data.DataLoader(ROWS, batch_size=4, collate_fn=list)]
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(ROWS)
+    trainer.train()
+    logs = [entry for entry in keep.seen if "loss" in entry]
+    assert logs == [{k: v for k, v in entry.items() if k != "step"} for entry in _logged(trainer)]
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["ce"] + 0.5 * entry["kl"], rel=1e-4)
+        assert entry["full_kl"] > 0
+    # the same steps by hand, from the two models' own logits
+    trainable = [p for p in start.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.05)
+    for entry, data in zip(logs, batches, strict=False):
+        expected = reference_loss(start, base, data, TMKL(weight=0.5))
+        assert entry["ce"] == pytest.approx(float(expected.ce), rel=1e-4)
+        assert entry["kl"] == pytest.approx(float(expected.kl), rel=1e-4)
+        optimizer.zero_grad()
+        expected.loss.backward()
+        optimizer.step()
+    now = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(now, trainable, strict=True))
+    assert "forward" not in unwrap(model)[0].__dict__  # detached at the end
+
+
+def test_accumulation_in_the_trainer_equals_the_whole_batch(tmp_path: Path) -> None:
+    logs = []
+    for size, steps in ((8, 1), (1, 8)):
+        model = with_lora(toy_llama(), moved=0.2)
+        kwargs = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = _trainer(tmp_path, model, TMKLCallback(), **kwargs)
+        trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(ROWS)
+        trainer.train()
+        logs.append(_logged(trainer))
+    for one, eight in zip(*logs, strict=True):
+        for key in ("loss", "ce", "kl"):
+            assert one[key] == pytest.approx(eight[key], rel=1e-4)
+
+
+def test_evaluation_is_plain_cross_entropy(tmp_path: Path) -> None:
+    model = with_lora(toy_llama(), moved=0.2)
+    arguments = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = _trainer(tmp_path, model, TMKLCallback(), eval_dataset=ROWS[:4], **arguments)
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    model.eval()
+    assert evaluated == [pytest.approx(float(model(**_collate(ROWS[:4])).loss), rel=1e-5)] * 2
+
+
+def test_the_base_is_settled_before_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    """PiSSA: after resuming, the initial adapter is gone; the callback kept it when the trainer was built."""
+
+    def build() -> PeftModel:
+        return with_lora(toy_llama(), init_lora_weights="pissa")
+
+    original = toy_llama()
+    kwargs = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "learning_rate": 0.5}
+    _trainer(tmp_path, build(), TMKLCallback(), **kwargs).train()
+    model = build()
+    trainer = _trainer(tmp_path, model, callback := TMKLCallback(), **(kwargs | {"max_steps": 2}))
+    seen: list[float] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            data = {k: v for k, v in batch().items() if k != "labels"}
+            inner = unwrap(model)[0]
+            with torch.no_grad(), callback.attachment.base.context():
+                seen.append(float((inner.eval()(**data).logits - original.eval()(**data).logits).abs().max()))
+            inner.train()
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=True)
+    assert len(seen) == 1
+    assert seen[0] < 1e-4
+    assert _logged(trainer)[-1]["kl"] > 1e-3
+
+
+class _OwnLoss(Trainer):
+    """A subclass whose loss is not the model's."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return (loss, None) if return_outputs else loss
+
+
+class _Adds(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs, **kwargs) + 1.0
+
+
+class _Ignores(Trainer):
+    """Runs the model's forward, and trains on something else."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+
+class _GoesPast(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return unwrap(model)[0].model(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (_OwnLoss, "a training forward came without labels"),
+        (_Adds, "the trainer logged a loss of"),
+        (_Ignores, "backpropagated it 0 times: it trains on another loss"),
+        (_GoesPast, "the backbone ran in training outside of TMKL's forward"),
+    ],
+)
+def test_a_trainer_that_trains_on_another_loss_is_stopped(tmp_path: Path, cls: type, message: str) -> None:
+    model = with_lora(toy_llama(), moved=0.2)
+    start = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError) as error:
+        _trainer(tmp_path, model, TMKLCallback(), cls).train()
+    assert message in str(error.value)
+    if cls is not _Adds:  # its gradient is the right one
+        assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+
+
+def test_compute_loss_func_is_stopped(tmp_path: Path) -> None:
+    trainer = _trainer(
+        tmp_path,
+        with_lora(toy_llama()),
+        TMKLCallback(),
+        compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum(),
+    )
+    with pytest.raises(RuntimeError, match="compute_loss_func"):
+        trainer.train()
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.15"), reason="the trainer doesn't build the loss itself")
+def test_token_weights_are_stopped(tmp_path: Path) -> None:
+    class Weights(SFTTrainer):
+        """DFT by hand: TRL's own option is refused by name."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            outputs = model(**inputs, fused_lm_head=True)
+            return -(outputs.log_probs * outputs.log_probs.exp().detach()).sum()
+
+    with pytest.raises(RuntimeError, match="weights the positions' losses one by one"):
+        _sft(tmp_path, cls=Weights).train()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 makes the trainer compute its own loss"),
+        ({"kind": SFTConfig, "loss_type": "dft"}, "loss_type='dft' replaces the cross-entropy"),
+    ],
+)
+def test_arguments_that_switch_it_off_are_refused_when_the_trainer_is_built(
+    tmp_path: Path, kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        Trainer(with_lora(toy_llama()), _arguments(tmp_path, **kwargs), train_dataset=ROWS, callbacks=[TMKLCallback()])
+    assert message in str(error.value)
+
+
+def test_models_are_audited_when_the_trainer_is_built(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no adapter layer"):
+        _trainer(tmp_path, toy_llama(), TMKLCallback())
+    with pytest.raises(ValueError, match=r"takes the options as TMKL\(...\), got float"):
+        TMKLCallback(0.5)
+
+
+def _tokenizer() -> Any:
+    """One token a word, with a chat template that marks the assistant's turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>"])}
+    words |= {f"w{i}": i + 6 for i in range(42)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %} <user> {{ m.content }} {% else %} <assistant> "
+        "{% generation %}{{ m.content }} <eos>{% endgeneration %} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} <assistant> {% endif %}"
+    )
+    return fast
+
+
+CHATS = [
+    (
+        [{"role": "user", "content": f"w{i} w{i + 1}"}],
+        [{"role": "assistant", "content": " ".join(f"w{j}" for j in range(i % 7 + 1))}],
+    )
+    for i in range(16)
+]
+
+
+def _sft(
+    tmp_path: Path, form: str = "completion", cls: type = SFTTrainer, callback: Any = None, **kwargs: Any
+) -> SFTTrainer:
+    if form == "completion":
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in CHATS]
+    else:
+        rows = [{"messages": prompt + completion} for prompt, completion in CHATS]
+    return cls(
+        toy_llama(),
+        _arguments(tmp_path, SFTConfig, **({"max_length": 64} | kwargs)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+        callbacks=[callback or TMKLCallback()],
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "kwargs"),
+    [
+        ("completion", {"completion_only_loss": True}),
+        ("completion", {"completion_only_loss": False}),
+        ("messages", {"assistant_only_loss": True}),
+        ("messages", {"packing": True}),
+        ("completion", {"packing": True, "max_length": 32, "completion_only_loss": True}),
+        ("messages", {"packing": True, "packing_strategy": "wrapped", "max_length": 32}),
+        ("completion", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+        ("completion", {"bf16": True}),
+        ("completion", {"loss_type": "chunked_nll"}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_sft_trainer_trains_on_the_reference_loss(tmp_path: Path, form: str, kwargs: dict[str, Any]) -> None:
+    """Each batch's logged terms are those of the two models' own logits on the batch that the trainer made."""
+    if kwargs.get("loss_type") == "chunked_nll" and Version(trl.__version__) < Version("1.4"):
+        pytest.skip("this TRL has no chunked_nll")
+    options = TMKL(weight=0.5)
+    trainer = _sft(tmp_path, form, callback=TMKLCallback(options), **({"max_steps": 3} | kwargs))
+    base = toy_llama()
+    seen: list[Any] = []
+    training_step = trainer.training_step
+
+    def step(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        keys = ("input_ids", "attention_mask", "position_ids", "labels")
+        data = {k: v.clone() for k, v in inputs.items() if k in keys}
+        adapter = copy.deepcopy({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+        seen.append((data, adapter, num_items_in_batch))
+        return training_step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = step
+    trainer.train()
+    logs = _logged(trainer)
+    assert len(logs) == 3
+    assert {"ce", "kl", "entropy", "mean_token_accuracy"} <= set(logs[-1])
+    exact = 2e-2 if kwargs.get("bf16") else 1e-4
+    per_step = kwargs.get("gradient_accumulation_steps", 1)
+    fresh = with_lora(toy_llama())
+    for index, entry in enumerate(logs):
+        batches = seen[index * per_step : (index + 1) * per_step]
+        fresh.load_state_dict(batches[0][1], strict=False)
+        items = sum(int((data["labels"][:, 1:] != -100).sum()) for data, *_ in batches)
+        results = [reference_loss(fresh, base, data, options, items) for data, *_ in batches]
+        assert entry["ce"] == pytest.approx(sum(float(r.ce) for r in results), rel=exact)
+        assert entry["kl"] == pytest.approx(sum(float(r.kl) for r in results), rel=5 * exact, abs=exact / 50)
+        # transformers 4 also counts the labels of first positions, which nothing predicts
+        loss = sum(float(r.loss.detach()) for r in results) * items / int(batches[0][2])
+        assert entry["loss"] == pytest.approx(loss, rel=exact)
+    assert logs[0]["kl"] == 0
+    assert logs[2]["kl"] > 0
+
+
+def test_sft_trainer_saves_a_plain_adapter(tmp_path: Path) -> None:
+    trainer = _sft(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert not any("tmkl" in file.name.lower() for file in (tmp_path / "adapter").iterdir())
+    loaded = PeftModel.from_pretrained(toy_llama(), str(tmp_path / "adapter")).eval()
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and not self.__dict__.setdefault("done", False):
+                self.done = True
+                raise KeyboardInterrupt
+
+    trainer = _sft(tmp_path, max_steps=2)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert _logged(trainer)[-1]["kl"] > 0

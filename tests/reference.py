@@ -1,0 +1,39 @@
+"""The dense two-model reference: a separate, untouched copy of the base, and full logits of both."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mask_the_target import TMKL, target_masked_kl
+
+
+def reference_loss(
+    model: nn.Module, base: nn.Module, batch: dict[str, Any], options: TMKL, num_items: float | None = None
+) -> Any:
+    """TMKL's result for one batch from the models' own logits, without attaching anything."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    inputs["use_cache"] = False  # with a cache, transformers doesn't look for packed documents in position_ids
+    logits = model(**inputs).logits
+    with torch.no_grad():
+        base_logits = base.eval()(**inputs).logits
+    targets = batch.get("shift_labels")
+    if targets is None:
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    rows = logits.flatten(0, 1), base_logits.flatten(0, 1), targets.flatten()
+    return target_masked_kl(*rows, options, num_items=num_items)
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradient of every trainable weight, by name without the PEFT wrapper's prefix."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), values, strict=True)}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative distance of two sets of gradients."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
+    return (difference / sum(float(b[n].double().square().sum()) for n in b)) ** 0.5

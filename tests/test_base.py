@@ -1,0 +1,175 @@
+"""The toggle, the choice of the base, and each sentence of the audit."""
+
+import copy
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from torch import nn
+
+from conftest import batch, move, toy_llama, with_lora
+from mask_the_target import attach
+from mask_the_target.attach import unwrap
+from mask_the_target.base import adapters_off, resolve_base
+from mask_the_target.head import evaluating
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    with torch.no_grad(), evaluating(model):
+        return model(**inputs).logits
+
+
+def _resolve(model: nn.Module, base: object = "auto") -> object:
+    inner, configs = unwrap(model)
+    return resolve_base(inner, base, configs=configs)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["gate_proj"]}])
+def test_adapters_off_is_the_original_model_bit_for_bit(config: dict) -> None:
+    model = toy_llama()
+    original = copy.deepcopy(model)
+    peft_model = with_lora(model, moved=0.3, **config)
+    assert not torch.allclose(_logits(peft_model), _logits(original))
+    with adapters_off(peft_model):
+        assert torch.equal(_logits(peft_model), _logits(original))
+    assert not torch.allclose(_logits(peft_model), _logits(original))
+
+
+def test_adapters_off_restores_every_flag_also_after_an_exception() -> None:
+    peft_model = with_lora(toy_llama(), modules_to_save=["gate_proj"])
+    frozen = next(p for n, p in peft_model.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)  # LoRA-FA by hand: PEFT's own disable_adapter would thaw it
+    layers = [m for m in peft_model.modules() if hasattr(m, "_disable_adapters")]
+    layers[1]._disable_adapters = True  # an irregular state, kept
+    before = [m._disable_adapters for m in layers], [p.requires_grad for p in peft_model.parameters()]
+
+    def inside() -> None:
+        with adapters_off(peft_model):
+            assert all(m._disable_adapters for m in layers)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        inside()
+    assert before == ([m._disable_adapters for m in layers], [p.requires_grad for p in peft_model.parameters()])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_rewrite_the_base_are_anchored_to_the_true_base(init: str) -> None:
+    model = toy_llama()
+    original = copy.deepcopy(model)
+    peft_model = with_lora(model, init_lora_weights=init)
+    base = _resolve(peft_model)
+    assert base.kind == "initial"
+    move(peft_model, 0.3)
+    adapted = _logits(peft_model)
+    with base.context():
+        anchored = _logits(peft_model)
+    with adapters_off(peft_model):
+        off = _logits(peft_model)
+    scale = _logits(original).abs().max()
+    assert (anchored - _logits(original)).abs().max() < 1e-5 * scale
+    assert (off - _logits(original)).abs().max() > 0.1 * scale  # the trap is real
+    assert torch.equal(_logits(peft_model), adapted)  # and the adapter is as it was
+
+
+def test_initial_restores_the_adapter_after_an_exception() -> None:
+    peft_model = with_lora(toy_llama(), moved=0.1)
+    base = _resolve(peft_model, "initial")
+    move(peft_model, 0.1, seed=2)
+    before = [p.detach().clone() for p in peft_model.parameters()]
+    with pytest.raises(RuntimeError), base.context():
+        raise RuntimeError
+    assert all(torch.equal(a, b) for a, b in zip(before, peft_model.parameters(), strict=True))
+
+
+def test_a_trained_adapter_may_be_anchored_to_the_base_or_to_itself() -> None:
+    model = toy_llama()
+    original = copy.deepcopy(model)
+    peft_model = with_lora(model, moved=0.3)
+    start = _logits(peft_model)
+    assert _resolve(peft_model).kind == "off"
+    initial = _resolve(peft_model, "initial")
+    move(peft_model, 0.3, seed=2)
+    with initial.context():
+        assert torch.equal(_logits(peft_model), start)
+    with _resolve(peft_model, "off").context():
+        assert torch.equal(_logits(peft_model), _logits(original))
+
+
+def _bias() -> nn.Module:
+    return with_lora(toy_llama(attention_bias=True), bias="all")
+
+
+def _unfrozen() -> nn.Module:
+    model = with_lora(toy_llama())
+    model.base_model.model.model.norm.weight.requires_grad_()
+    return model
+
+
+def _merged() -> nn.Module:
+    model = with_lora(toy_llama(), moved=0.1)
+    model.merge_adapter()
+    return model
+
+
+def _trained_pissa() -> nn.Module:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")
+    move(model, 0.2)
+    return model
+
+
+def _loftq() -> nn.Module:
+    model = with_lora(toy_llama())
+    model.peft_config["default"].init_lora_weights = "loftq"  # the initialisation itself needs a GPU's quantiser
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "base", "message"),
+    [
+        (toy_llama, "auto", "LlamaForCausalLM has no adapter layer, so there is no base to turn to. Add one first"),
+        (_merged, "auto", "adapter 'default' is merged into the base weights"),
+        (
+            lambda: get_peft_model(toy_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+            "auto",
+            "adapter 'default' is prompt learning (PROMPT_TUNING)",
+        ),
+        (_bias, "auto", "has bias='all', which trains 8 biases of the base in place"),
+        (_unfrozen, "auto", "1 weights outside the adapter are trainable (model.norm.weight)"),
+        (lambda: with_lora(toy_llama(), init_lora_weights="pissa"), "off", "initialised by 'pissa', which subtracted"),
+        (lambda: with_lora(toy_llama(), init_lora_weights="olora"), "off", "Use base='initial' (or 'auto')"),
+        (_trained_pissa, "auto", "'pissa' but has been trained since"),
+        (_loftq, "auto", "initialised by LoftQ, which replaced the base weights"),
+        (lambda: with_lora(toy_llama()), "adapter_off", "base='adapter_off' is unknown"),
+    ],
+)
+def test_a_false_base_is_refused(make: object, base: str, message: str) -> None:
+    model = make()
+    with pytest.raises(ValueError) as error:
+        attach(model, base=base)
+    assert message in str(error.value)
+    assert "forward" not in unwrap(model)[0].__dict__  # nothing was left behind
+
+
+def test_the_model_itself_is_no_separate_base() -> None:
+    model = with_lora(toy_llama())
+    with pytest.raises(ValueError, match="it would be compared with itself"):
+        attach(model, base=model)
+    with pytest.raises(ValueError, match="it would be compared with itself"):
+        attach(model, base=unwrap(model)[0])
+
+
+def test_a_separate_base_with_another_vocabulary_is_refused() -> None:
+    model = with_lora(toy_llama())
+    with pytest.raises(ValueError, match="48 tokens and base= has 50"):
+        attach(model, base=toy_llama(vocab_size=50))
+    assert "forward" not in unwrap(model)[0].lm_head.__dict__
+
+
+def test_kasa_is_refused() -> None:
+    kasa = pytest.importorskip("peft", minversion="0.20")
+    if not hasattr(kasa, "KasaConfig"):
+        pytest.skip("this PEFT has no KaSA")
+    with pytest.raises(ValueError, match="KaSA, which truncates the base weights"):
+        attach(with_lora(toy_llama(), kasa_config=kasa.KasaConfig()))
