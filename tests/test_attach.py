@@ -155,6 +155,8 @@ def test_an_exception_inside_leaves_the_model_usable() -> None:
             ValueError, match=r"labels \[3, 7\] don't match the positions that reach the head \[3, 10\]"
         ):
             model(**(data | {"labels": data["labels"][:, :7]}))
+        with pytest.raises(ValueError, match=r"labels\[4\] = 48 lies outside the vocabulary of 48 tokens"):
+            model(**(data | {"labels": torch.full_like(data["labels"], -100).index_fill_(1, torch.tensor(5), 48)}))
         assert all(module.training for module in model.modules())
         assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
         assert float(model(**data).loss) == pytest.approx(

@@ -20,10 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask_the_target.base import Base, BaseChoice, resolve_base
-from mask_the_target.head import Head, HeadTap, Probed, accepted, evaluating, narrow, probe, text_config
+from mask_the_target.head import (
+    FORWARD_SETTINGS,
+    Head,
+    HeadTap,
+    Probed,
+    accepted,
+    evaluating,
+    narrow,
+    probe,
+    text_config,
+)
 from mask_the_target.integrations import trl
 from mask_the_target.linear import linear_rows
-from mask_the_target.objective import IGNORE_INDEX, TMKL, denominator
+from mask_the_target.objective import IGNORE_INDEX, TMKL, check_labels, denominator
 from mask_the_target.rows_torch import Rows
 
 
@@ -219,10 +229,11 @@ class Attachment:
         num_items = kwargs.pop("num_items_in_batch", None)
         fused = trl.take_loss_arguments(kwargs, self._names)
         as_tuple = kwargs.pop("return_dict", None) is False
-        if accepted(self._previous, "use_cache"):
-            kwargs["use_cache"] = False
+        kwargs |= {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
         # Position t predicts the label at t + 1; under context and sequence parallelism labels come shifted already.
         targets = shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+        if targets.device.type == "cpu":  # elsewhere the check would wait for the device
+            check_labels(targets.reshape(-1), vocabulary=self._tap.head().weight.shape[0])
         supervised = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
 
         base_hidden, base_head = self._base_pass(kwargs, supervised)

@@ -102,6 +102,11 @@ class HeadTap:
             self.module.forward = self._original
 
 
+# What our calls of a model's forward ask for, where it takes them. With a cache, transformers doesn't look for packed
+# documents in position_ids.
+FORWARD_SETTINGS = {"use_cache": False, "return_dict": True}
+
+
 def narrow(hidden: Tensor) -> Tensor:
     """A stand-in for the logits, ``[B, T, 1]``, so that nothing of the vocabulary's width is made after the head."""
     return hidden.new_zeros(*hidden.shape[:-1], 1)
@@ -233,9 +238,7 @@ def _probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int
     # Spread over the first two thirds: placeholders of images and the like sit at the vocabulary's ends.
     ids = (torch.arange(8, device=device) * 7919 + vocabulary // 3) % max(2, vocabulary * 2 // 3)
     inputs: dict[str, Any] = {"input_ids": ids.reshape(2, 4), "attention_mask": torch.ones_like(ids).reshape(2, 4)}
-    if accepted(forward, "use_cache"):
-        inputs["use_cache"] = False
-    return inputs
+    return inputs | {name: value for name, value in FORWARD_SETTINGS.items() if accepted(forward, name)}
 
 
 def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
