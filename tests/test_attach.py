@@ -1,6 +1,7 @@
 """The patched forward against the dense two-model reference, and the equalities that training relies on."""
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -335,6 +336,37 @@ def test_labels_that_never_arrive_are_reported_once() -> None:
             model(**inputs)
 
 
+def test_training_in_eval_mode_is_reported() -> None:
+    """What get_peft_model gives for a loaded model: the wrapper in train mode, the model inside in eval mode."""
+    model, _ = _pair()
+    with attach(model):
+        unwrap(model)[0].eval()
+        with pytest.warns(UserWarning, match=r"ran in eval mode, where the loss is plain.*call model.train\(\) first"):
+            model(**batch())
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", UserWarning)
+            model(**batch())
+
+
+def test_the_forward_looks_like_the_models_own() -> None:
+    model, _ = _pair()
+    inner = unwrap(model)[0]
+    own = inspect.signature(inner.forward)
+    with attach(model):
+        assert inspect.signature(inner.forward) == own
+
+
+def test_a_look_without_gradients_is_not_counted_as_a_step() -> None:
+    model, _ = _pair()
+    with attach(model) as attachment:
+        with torch.no_grad():
+            model(**batch())
+        assert attachment.totals.forwards == 0
+        loss = model(**batch()).loss
+        loss *= 4  # as trainers do over ranks
+        assert float(attachment.last.loss) == pytest.approx(float(attachment.last.ce + attachment.last.kl), rel=1e-5)
+
+
 def test_a_later_patch_that_goes_past_the_forward_is_reported() -> None:
     """As TRL's fused head does when it is added after attaching: it calls the backbone itself."""
     model, _ = _pair()
@@ -355,9 +387,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="attached to this model already; call detach"):
         attach(model)
     duplicate = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="this is a copy of a model that TMKL is attached to"):
+    with pytest.raises(RuntimeError, match="this is a copy of a model that TMKL was attached to"):
         duplicate(**batch())
     detach(model)
+    with pytest.raises(RuntimeError, match="this is a copy of a model that TMKL was attached to"):
+        duplicate(**batch())
     with pytest.raises(ValueError, match=r"nn\.DataParallel copies the model in every step"):
         attach(nn.DataParallel(model))
     with pytest.raises(ValueError, match="LlamaModel has no head"):

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from conftest import batch, move, toy_llama, with_lora
+from conftest import TARGETS, batch, move, toy_llama, with_lora
 from mask_the_target import attach
 from mask_the_target.attach import unwrap
 from mask_the_target.base import adapters_off, resolve_base
@@ -173,3 +173,54 @@ def test_kasa_is_refused() -> None:
         pytest.skip("this PEFT has no KaSA")
     with pytest.raises(ValueError, match="KaSA, which truncates the base weights"):
         attach(with_lora(toy_llama(), kasa_config=kasa.KasaConfig()))
+
+
+@pytest.mark.parametrize("init", ["pissa", True])
+def test_the_initial_base_under_autocast_is_not_reused_for_the_adapted_pass(init: str | bool) -> None:
+    """Autocast caches its casts by parameter; a cast of the initial adapter must not serve the trained one."""
+    model = with_lora(toy_llama(), init_lora_weights=init)
+    data = batch()
+    with attach(model, base="initial") as attachment:
+        move(model, 0.3)
+        model(**data)
+        exact = attachment.last
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**data)
+    assert float(exact.kl) > 0.1
+    assert float(attachment.last.kl) == pytest.approx(float(exact.kl), rel=0.05)
+    assert float(attachment.last.ce) == pytest.approx(float(exact.ce), rel=0.05)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_adapters_that_start_from_singular_vectors_are_checked_to_be_untrained(init: str) -> None:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")  # the same structure, without their calibration data
+    model.peft_config["default"].init_lora_weights = init
+    assert _resolve(model).kind == "initial"
+    move(model, 0.3)
+    with pytest.raises(ValueError, match=f"'{init}' but has been trained since"):
+        attach(model)
+
+
+def test_an_inactive_adapter_that_was_subtracted_is_refused() -> None:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"initialised by 'pissa', which subtracted it .* but it is not active"):
+        attach(model)
+
+
+def _add(model: nn.Module) -> None:
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS))
+    model.set_adapter("second")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_add, "added, switched or replaced"), (lambda model: model.merge_adapter(), "merged into the base weights")],
+)
+def test_adapters_that_change_under_the_initial_base_are_noticed(change: object, message: str) -> None:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")
+    with attach(model):
+        change(model)
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            model(**batch())

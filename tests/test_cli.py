@@ -123,6 +123,8 @@ def test_eval_refuses_what_cannot_work(
     assert "cannot be found or read" in refused(["--model", str(tmp_path / "no"), "--probes", "text"], capsys)
     text = write_rows(tmp_path / "text.jsonl", [{"text": "what"}])
     assert "need a prompt and its answer" in refused(["--model", str(model), "--dataset", str(text)], capsys)
+    asked = write_rows(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "what"}]}])
+    assert "the messages of row 0" in refused(["--model", str(model), "--dataset", str(asked)], capsys)
     assert "is not an adapter" in refused(["--model", str(model), "--adapter", str(tmp_path)], capsys)
 
 

@@ -157,3 +157,12 @@ def test_a_head_that_is_called_twice_is_refused() -> None:
     model.forward = twice
     with pytest.raises((RuntimeError, ValueError), match="called its head 2 times, not once"):
         attach(with_lora(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_decoders_are_refused(dtype: torch.dtype) -> None:
+    sizes = {"vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.3}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).to(dtype)
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        attach(with_lora(model, target_modules=["q_proj"]))

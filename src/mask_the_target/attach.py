@@ -126,7 +126,10 @@ class Attachment:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return attachment._forward(model, *args, **kwargs)
 
-        forward.__dict__.update(__signature__=inspect.signature(self._previous), attachment=self)
+        signature = inspect.signature(self._previous)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)  # binding takes it away again
+        signature = signature.replace(parameters=[first, *signature.parameters.values()])
+        forward.__dict__.update(__signature__=signature, attachment=self)
         self._forward_method = types.MethodType(forward, self.model)
         self.model.forward = self._forward_method
 
@@ -184,19 +187,25 @@ class Attachment:
             raise
 
     def _forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._previous(*args, **kwargs)
         if model is not self.model:
             raise RuntimeError(
-                "this is a copy of a model that TMKL is attached to, and it would run the original's weights. Detach "
+                "this is a copy of a model that TMKL was attached to, and it would run the original's weights. Detach "
                 "before copying, and attach to the copy."
             )
+        if not self._active:
+            return self._previous(*args, **kwargs)
         self._running = True
         try:
-            if not model.training:
-                return self._previous(*args, **kwargs)
             kwargs.update(zip(self._names, args, strict=False))
-            if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            unlabelled = kwargs.get("labels") is None and kwargs.get("shift_labels") is None
+            if not model.training:
+                if not unlabelled:
+                    self._inactive(
+                        "a forward with labels and gradients ran in eval mode, where the loss is plain cross-entropy "
+                        "without TMKL. To train, call model.train() first; to evaluate, use torch.no_grad()."
+                    )
+                return self._previous(**kwargs)
+            if unlabelled:
                 self._inactive(
                     "a training forward came without labels, so TMKL is not in its loss. Something upstream takes the "
                     "labels out (label_smoothing_factor, compute_loss_func, a loss that is computed from logits): turn "
@@ -325,13 +334,15 @@ class Attachment:
         full_kl = None if rows.full_kl is None else rows.full_kl.sum()
         excluded = rows.excluded.sum()
         self.last = Step(
-            loss=loss.detach(),
+            loss=loss.detach().clone(),  # trainers scale the one that they are given in place
             ce=ce / items,
             kl=kl / items,
             full_kl=None if full_kl is None else full_kl / items,
             supervised=count,
             excluded=excluded,
         )
+        if not rows.loss.requires_grad:
+            return  # a look, not a step
         totals = self.totals
         totals.forwards += 1
         totals.ce, totals.kl = totals.ce + ce, totals.kl + kl

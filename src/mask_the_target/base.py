@@ -95,8 +95,7 @@ def resolve_base(
     if isinstance(base, nn.Module):
         return _separate(model, base)
 
-    adapter_parameters = _adapter_parameters(layers)
-    _require_frozen_rest(model, adapter_parameters, configs)
+    require_frozen_rest(model, configs)
     subtracting = [name for name, config in configs.items() if _init(config).startswith(_SUBTRACTING_INITS)]
     for name, config in configs.items():
         if getattr(config, "kasa_config", None) is not None:
@@ -119,8 +118,9 @@ def resolve_base(
         )
     if base == "initial" or (base == "auto" and subtracting):
         for name in subtracting:
+            _require_active(name, _init(configs[name]), layers)
             _require_untrained(name, _init(configs[name]), layers)
-        return Base("initial", model, _initial_adapters(adapter_parameters))
+        return Base("initial", model, _initial_adapters(model))
     return Base("off", model, lambda: adapters_off(model))
 
 
@@ -159,8 +159,9 @@ def _adapter_parameters(layers: list[Any]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _require_frozen_rest(model: nn.Module, adapter: list[nn.Parameter], configs: dict[str, Any]) -> None:
-    inside = {id(parameter) for parameter in adapter}
+def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Refuse trainable weights outside the adapters: ValueError, with the names of the first of them."""
+    inside = {id(parameter) for parameter in _adapter_parameters(adapter_layers(model))}
     moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if not moving:
         return
@@ -177,8 +178,18 @@ def _require_frozen_rest(model: nn.Module, adapter: list[nn.Parameter], configs:
     )
 
 
+def _require_active(name: str, init: str, layers: list[Any]) -> None:
+    for layer in layers:
+        if name in getattr(layer, "lora_A", {}) and (layer.disable_adapters or name not in layer.active_adapters):
+            raise ValueError(
+                f"adapter {name!r} was initialised by {init!r}, which subtracted it from the base weights, but it is "
+                "not active, so neither with nor without the active adapters is the model the base. Activate it, or "
+                "pass a separately loaded base model as base=."
+            )
+
+
 def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
-    """PiSSA and OLoRA start from known singular structure; an adapter without it has been trained already."""
+    """These initialisations start from known singular structure; an adapter without it has been trained already."""
     for layer in layers:
         a, b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         if name not in a or name not in b:
@@ -191,7 +202,7 @@ def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
         elif init.startswith("olora"):
             start = torch.eye(len(gram_b), device=gram_b.device)  # B holds orthonormal columns
         else:
-            return  # CorDA and LoRA-GA start from the data: nothing to check against
+            start = gram_b.diag().diag()  # CorDA and LoRA-GA: singular vectors of the data's, orthogonal at least
         if (gram_b - start).norm() > 0.02 * start.norm():
             raise ValueError(
                 f"adapter {name!r} was initialised by {init!r} but has been trained since: the initial adapter, which "
@@ -201,24 +212,45 @@ def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
         return
 
 
-def _initial_adapters(parameters: list[nn.Parameter]) -> Callable[[], AbstractContextManager[None]]:
+def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the adapter's weights are what they are now. Memory: one frozen copy of the adapter."""
+    parameters = _adapter_parameters(adapter_layers(model))
+    active = _active(model)
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+
+    def require_unchanged() -> None:
+        layers = adapter_layers(model)
+        _require_adapter(model, layers)
+        now = _adapter_parameters(layers)
+        if _active(model) != active or [id(p) for p in now] != [id(p) for p in parameters]:
+            raise RuntimeError(
+                "the model's adapters were added, switched or replaced since base='initial' kept a copy of them, so "
+                "the copy is not the base any more. Detach, and attach again."
+            )
 
     @contextmanager
     def context() -> Iterator[None]:
+        require_unchanged()
         current = [parameter.data for parameter in parameters]
         for index, parameter in enumerate(parameters):
             if initial[index].device != parameter.device:  # the model was moved after attaching
                 initial[index] = initial[index].to(parameter.device)
             parameter.data = initial[index]
+        # Autocast keeps its casts by the parameter, not by its data: without this the adapted pass would run on the
+        # base pass's cast of the initial adapter, with a KL of 0.
+        torch.clear_autocast_cache()
         try:
             yield
         finally:
             for parameter, data in zip(parameters, current, strict=True):
                 parameter.data = data
+            torch.clear_autocast_cache()
 
     return context
+
+
+def _active(model: nn.Module) -> list[tuple[list[str], bool]]:
+    return [(list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)]
 
 
 def _separate(model: nn.Module, base: nn.Module) -> Base:

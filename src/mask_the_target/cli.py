@@ -59,13 +59,11 @@ def _eval(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="write the results as JSON to this file")
     options = parser.parse_args(list(argv))
 
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     from mask_the_target.front import report
-    from mask_the_target.front.backbones import resolve_model
+    from mask_the_target.front.backbones import find_model, load_model
     from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair
     from mask_the_target.front.recipes import find_recipe
-    from mask_the_target.front.train import versions, write_json
+    from mask_the_target.front.record import versions, write_json
 
     rows: Any = options.recipe
     if options.recipe is not None:
@@ -83,33 +81,18 @@ def _eval(argv: Sequence[str]) -> int:
         if probe == "drift" and options.adapter is None:
             raise ValueError("The probe 'drift' compares base and adapted: add --adapter DIR, or leave it out.")
 
-    path = resolve_model(options.model)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The model {options.model!r} cannot be found or read: {reason}") from error
+    path, config = find_model(options.model)
     if options.adapter is not None:
         check_adapter(options.adapter, config)
 
-    import torch
-
     started = time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    model, tokenizer = load_model(path, options.adapter)
     common: dict[str, Any] = {
         "probes": probes,
         "target_rows": rows,
         "sizes": ProbeSizes.quick() if options.quick else ProbeSizes.full(),
         "progress": True,
     }
-    if options.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(options.adapter))
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    model.eval()
     found = (
         evaluate_pair(model, tokenizer, **common)
         if options.adapter is not None
@@ -136,7 +119,7 @@ def held_out_rows(name: str, split: str | None = None) -> list[dict[str, Any]]:
 
     Raises ValueError or FileNotFoundError with a sentence.
     """
-    from mask_the_target.front.train import check_columns, load_named, take_split
+    from mask_the_target.front.data import check_columns, load_named, take_split
 
     found: Any = load_named(name, None, False)
     if split is None:
@@ -150,6 +133,12 @@ def held_out_rows(name: str, split: str | None = None) -> list[dict[str, Any]]:
             f"{name}: the probes 'target' and 'drift' need a prompt and its answer: columns 'prompt' and 'completion', "
             f"or 'messages'. Columns found: {', '.join(table.column_names)}."
         )
+    for number, row in enumerate(table):
+        if len(row["messages"]) < 2 or row["messages"][-1].get("role") != "assistant":
+            raise ValueError(
+                f"{name}: the messages of row {number} (counted from 0) don't end with the assistant's answer to "
+                "something, so there is no held-out answer to measure."
+            )
     return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in table]
 
 

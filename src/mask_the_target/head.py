@@ -70,6 +70,7 @@ class HeadTap:
             return self._handler(x)
 
         self.forward = forward
+        self._tapped = tapped
         self.module.forward = tapped
 
     def run(self, forward: Callable[..., Any], kwargs: Mapping[str, Any], handler: Callable[[Tensor], Tensor]) -> Any:
@@ -95,7 +96,9 @@ class HeadTap:
         return Head(self.module.weight, getattr(self.module, "bias", None), transform)
 
     def remove(self) -> None:
-        """Give the head its own forward back."""
+        """Give the head its own forward back. Where another tool wrapped ours since, ours stays and passes on."""
+        if self.module.__dict__.get("forward") is not self._tapped:
+            return
         if self._original is None:
             self.module.__dict__.pop("forward", None)
         else:
@@ -190,6 +193,11 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
         ValueError: if ``transform(head(hidden))`` isn't the model's logits, or their cross-entropy (plus the
             auxiliary loss of a mixture of experts) isn't the model's loss.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: its labels are shifted on their way in, not against the "
+            "logits. Only causal LMs are supported."
+        )
     weight, bias, _ = tap.head()
     vocabulary = weight.shape[0]
     name = type(model).__name__
@@ -197,8 +205,8 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
     seen: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return tap.forward(hidden)
+        seen.extend((hidden, tap.forward(hidden)))
+        return seen[-1]
 
     grid = torch.linspace(-40, 40, vocabulary, dtype=torch.float32, device=weight.device)
     grid[0], grid[1] = _FAR, _NEAR
@@ -212,7 +220,7 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
                 f"{name} does more to its logits than scale or soft-cap them (it failed on a stand-in of width 1: "
                 f"{error}); this architecture is not supported."
             ) from error
-        hidden = seen[0]
+        hidden, output = seen
         if hidden.shape[:-1] != inputs["input_ids"].shape:
             raise ValueError(
                 f"{name}'s head sees hidden states {list(hidden.shape)} for token ids "
@@ -226,9 +234,10 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
         transform = _fit_transform(name, grid, shown.logits)
         expected = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
         expected = transform(expected)
-        tolerance = _tolerance(own.logits, hidden, weight)
+        # Logits may be float32 in name only: autocast casts them up after the head.
+        tolerance = _tolerance(own.logits, output, hidden, weight)
         _require_equal(name, "logits", own.logits.float(), expected, tolerance)
-        return Probed(transform, _prove_loss(model, name, forward, inputs, expected, tolerance))
+        return Probed(transform, _prove_loss(model, name, forward, inputs, own.logits.float()))
 
 
 def _probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
@@ -258,12 +267,7 @@ def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
 
 
 def _prove_loss(
-    model: nn.Module,
-    name: str,
-    forward: Callable[..., Any],
-    inputs: Mapping[str, Any],
-    logits: Tensor,
-    tolerance: float,
+    model: nn.Module, name: str, forward: Callable[..., Any], inputs: Mapping[str, Any], logits: Tensor
 ) -> float:
     """The factor of the auxiliary loss, after checking that CE plus it is the loss the model itself returns."""
     labels = inputs["input_ids"]
@@ -277,7 +281,7 @@ def _prove_loss(
     if isinstance(aux, Tensor):
         coefficient = float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
         loss += coefficient * float(aux)
-    if abs(float(own.loss) - loss) > (1e-3 + 4 * tolerance) * max(1.0, abs(loss)):
+    if abs(float(own.loss) - loss) > 0.01 * max(0.1, abs(loss)):
         raise ValueError(
             f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
             f"{' with its auxiliary loss' if coefficient else ''} is {loss:.5f}; it trains on another loss than "

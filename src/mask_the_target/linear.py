@@ -187,7 +187,7 @@ class _LinearRows(torch.autograd.Function):
         row = gradients[0]  # [n]: the factor of each row's loss
         assert row is not None
         if d_hidden is not None:
-            d_hidden = d_hidden * row[:, None].to(d_hidden.dtype)  # a fresh tensor: callers may write into it
+            d_hidden = (d_hidden * row[:, None]).to(d_hidden.dtype)  # a fresh tensor: callers may write into it
         if d_weight is not None or d_bias is not None:
             factor = row[:1].sum()  # 0 for an empty batch
             if not torch.equal(row, factor.expand_as(row)):

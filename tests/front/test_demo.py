@@ -43,7 +43,7 @@ def numbers(output: Path) -> Any:
 
 def test_writes_table_page_and_adapters(whole: Path, settings: demo.Demo) -> None:
     results = json.loads((whole / "results.json").read_text())
-    assert [arm["name"] for arm in results["arms"]] == ["base", "CE", "CE + TMKL"]
+    assert [arm["name"] for arm in results["arms"]] == ["base", "CE", "CE, adapter x 0.5", "CE + TMKL"]
     for arm in results["arms"]:
         assert set(arm["probes"]) >= {"target", "text:python_docs", "text:bible", "facts"}
     assert results["arms"][1]["probes"]["drift"]["full_kl"] > 0

@@ -23,6 +23,7 @@ from mask_the_target.front.evaluate import (
     evenly,
     paired_stderr,
 )
+from mask_the_target.front.facts import FACTS
 
 SIZES = ProbeSizes(target_rows=10, answer_rows=4, text_windows=4, facts_per_kind=2, drift_rows=3)
 
@@ -54,7 +55,7 @@ def test_a_pair_holds_every_probe_of_both_states() -> None:
         statistics.stdev([a - b for a, b in zip(*text, strict=True)]) / math.sqrt(4)
     )
     assert {"greedy_stderr", "logprob_stderr"} <= set(found["adapted"]["facts"])
-    assert found["base"]["facts"]["n"] == 2 * len(probes.FACTS)
+    assert found["base"]["facts"]["n"] == 2 * len(FACTS)
     assert found["base"]["target"]["n"] == 10
     assert found["base"]["target"]["answered"] == 4
 

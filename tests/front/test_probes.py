@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from conftest import toy_llama, with_lora
 from mask_the_target.base import adapters_off
 from mask_the_target.front import probes
-from mask_the_target.front.probes import Question, edit_distance, encode_row, target_loss, text_loss, text_windows
+from mask_the_target.front.facts import facts
+from mask_the_target.front.probes import edit_distance, encode_row, target_loss, text_loss, text_windows
 
 SPECIAL = ["<unk>", "<bos>", "<end>", "<user>", "<assistant>", "<system>"]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?'\n"
@@ -247,79 +248,6 @@ def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
         text_loss(toy(), character_tokenizer(), "wikitext")
 
 
-# --- facts -----------------------------------------------------------------------------------------------------------
-
-
-def question(answer: str, case_sensitive: bool = False) -> Question:
-    return Question("toy", "Which?", "It is", answer, ("b", "c", "d"), case_sensitive)
-
-
-@pytest.mark.parametrize(
-    ("right", "answer", "case_sensitive", "found"),
-    [
-        ("Paris", "The capital is PARIS.", False, True),
-        ("Paris", "Parisian streets", False, False),
-        ("Niger", "It is Nigeria.", False, False),
-        ("Washington, D.C.", "It is Washington, D.C.", False, True),
-        ("Au", "The symbol is Au.", True, True),
-        ("In", "It is in the table.", True, False),
-    ],
-)
-def test_a_fact_is_found_as_a_whole_word(right: str, answer: str, case_sensitive: bool, found: bool) -> None:
-    assert question(right, case_sensitive).found_in(answer) is found
-
-
-def test_questions_are_many_have_one_answer_and_stay_the_same() -> None:
-    asked = probes.questions()
-    assert len(asked) >= 500
-    assert probes.questions(kinds=["symbol"]) == [one for one in asked if one.kind == "symbol"]
-    assert len({one.text for one in asked}) == len(asked)
-    for one in asked:
-        alternatives = {one.answer, *one.distractors}
-        assert len(alternatives) == 4
-        assert not any(one.answer in other or other in one.answer for other in one.distractors)
-    answers = {one.text: one.answer for one in asked}
-    assert answers["What is the capital of France?"] == "Paris"
-    assert answers["What is the official language of Greece?"] == "Greek"
-    assert answers["Which continent is Peru in?"] == "South America"
-    assert answers["What is the chemical symbol of gold?"] == "Au"
-    assert answers["What is the plural of the word mouse?"] == "mice"
-
-
-def test_a_limit_takes_an_even_subset_of_each_kind() -> None:
-    everything, some = probes.questions(), probes.questions(limit=7)
-    assert set(some) <= set(everything)
-    for kind in probes.FACTS:
-        places = [place for place, one in enumerate([o for o in everything if o.kind == kind]) if one in some]
-        size = sum(one.kind == kind for one in everything)
-        assert places == [size * n // 7 for n in range(7)]
-
-
-def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'rivers'; known: capital, capital_of"):
-        probes.questions(kinds=["rivers"])
-
-
-def test_facts_are_scored_as_by_hand() -> None:
-    model, tokenizer = toy(), character_tokenizer()
-    found = probes.facts(model, tokenizer, limit=12, kinds=["capital", "plural"], max_new_tokens=5)
-    asked = probes.questions(limit=12, kinds=["capital", "plural"])
-    likelier = []
-    for one in asked:
-        prompt = f"<system>be brief<end>\n<user>{one.text}<end>\n<assistant>{one.stem}"
-        means = []
-        for answer in (one.answer, *one.distractors):
-            ids = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
-            table = log_probs_by_hand(model, ids)
-            places = torch.arange(len(ids) - len(answer) - 1, len(ids))
-            means.append(table[places - 1, torch.tensor(ids)[places]].mean().item())
-        likelier.append(means[0] == max(means))
-    assert found.logprob == likelier
-    assert 0 < sum(likelier) < len(asked)
-    assert found.kinds == ["capital"] * 12 + ["plural"] * 12
-    assert found.greedy == [one.found_in(answer) for one, answer in zip(asked, found.answers, strict=True)]
-
-
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +295,7 @@ def _all(model: torch.nn.Module, autocast: torch.dtype | None) -> None:
     target_loss(model, tokenizer, rows(3), autocast=autocast)
     probes.greedy_answers(model, tokenizer, [chat("hi")], 3, autocast=autocast)
     text_loss(model, tokenizer, "python_docs", windows=2, length=32, autocast=autocast)
-    probes.facts(model, tokenizer, limit=1, kinds=["capital"], autocast=autocast)
+    facts(model, tokenizer, limit=1, kinds=["capital"], autocast=autocast)
     probes.drift(model, tokenizer, rows(3))
 
 
@@ -415,7 +343,7 @@ def test_the_real_base_knows_facts_and_no_phonemes(smollm2: Any) -> None:
     from mask_the_target.front.recipes import recipe_rows
 
     model, tokenizer = smollm2(), AutoTokenizer.from_pretrained(smollm2.path)
-    found = probes.facts(model, tokenizer, limit=10)
+    found = facts(model, tokenizer, limit=10)
     assert sum(found.greedy) > 0.4 * len(found.greedy)
     assert sum(found.logprob) > 0.75 * len(found.logprob)
     assert target_loss(model, tokenizer, recipe_rows("arpabet")["test"][:40]).loss == pytest.approx(7.6, abs=0.4)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from mask_the_target.cli import main
 from mask_the_target.front import train
+from mask_the_target.front.options import parse
 
 WORDS = ["the", "capital", "of", "what", "is", "say", "please", "france", "spain", "italy", "paris", "madrid", "rome"]
 TEMPLATE = (
@@ -131,7 +132,7 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(
     config: Path, model: Path, tmp_path: Path, method: str
 ) -> None:
     grab = Grab()
-    train.run(train.parse([str(config), "--method", method]), [grab])
+    train.run(parse([str(config), "--method", method]), [grab])
     base = AutoModelForCausalLM.from_pretrained(model)
     before = logits(base)
     after = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
@@ -140,7 +141,7 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(
 
 
 def test_without_our_keys_a_trl_config_trains_with_tmkl(config: Path, tmp_path: Path) -> None:
-    record = train.run(train.parse([str(config)]))
+    record = train.run(parse([str(config)]))
     assert record["method"]["method"] == "tmkl"
     steps = [entry for entry in record["log_history"] if "kl" in entry]
     assert len(steps) == 6
@@ -151,7 +152,7 @@ def test_without_our_keys_a_trl_config_trains_with_tmkl(config: Path, tmp_path: 
 
 
 def test_example_config() -> None:
-    settings = train.parse([str(Path(__file__).parents[2] / "examples" / "sft.yaml"), "--seed", "4"])
+    settings = parse([str(Path(__file__).parents[2] / "examples" / "sft.yaml"), "--seed", "4"])
     assert settings.tmkl.options().weight == 1.0
     assert settings.script.dataset_name == "recipe:arpabet"
     assert settings.training.learning_rate == 1e-3
@@ -182,17 +183,17 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(config: Path, tmp_pa
                 signal.raise_signal(signal.SIGINT)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train.run(train.parse([str(config), "--method", method, "--output_dir", str(whole)]))
+    train.run(parse([str(config), "--method", method, "--output_dir", str(whole)]))
     argv = [str(config), "--method", method, "--output_dir", str(cut)]
     with pytest.raises(train.Interrupted, match=r"after step 3 of 6.*--resume_from_checkpoint last"):
-        train.run(train.parse(argv), [PressCtrlC()])
+        train.run(parse(argv), [PressCtrlC()])
     assert not (cut / "adapter_model.safetensors").exists()
     assert json.loads((cut / "run.json").read_text())["status"] == "running"
     # A checkpoint that a crash left half-written is not trusted, though its number is higher.
     half = cut / "checkpoint-5"
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global_step": 5, "log_his')
-    record = train.run(train.parse([*argv, "--resume_from_checkpoint", "last"]))
+    record = train.run(parse([*argv, "--resume_from_checkpoint", "last"]))
     assert record["steps"] == 6
     expected, found = weights(whole), weights(cut)
     assert expected.keys() == found.keys()
@@ -223,7 +224,7 @@ def test_nan_stops_before_the_weights_change_and_saves_the_batch(config: Path, t
 
     poison = Poison()
     with pytest.raises(train.BadLossError, match=r"loss became nan in step 4.*checkpoint-2"):
-        train.run(train.parse([str(config), "--method", method]), [poison])
+        train.run(parse([str(config), "--method", method]), [poison])
     for name, parameter in poison.model.named_parameters():
         if "lora" in name:
             assert torch.equal(parameter, poison.adapter[name])
@@ -243,7 +244,7 @@ def test_infinite_gradient_stops_too(config: Path, tmp_path: Path) -> None:
             parameter.register_hook(lambda gradient: gradient * float("inf"))
 
     with pytest.raises(train.BadLossError, match="gradient became"):
-        train.run(train.parse([str(config), "--method", "ce"]), [Poison()])
+        train.run(parse([str(config), "--method", "ce"]), [Poison()])
     assert (tmp_path / "out" / "bad_batch" / "batch.safetensors").exists()
 
 
@@ -258,31 +259,13 @@ def test_infinite_gradient_stops_too(config: Path, tmp_path: Path) -> None:
 )
 def test_data_forms(config: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     data = write_rows(tmp_path / "form.jsonl", rows * 4)
-    record = train.run(train.parse([str(config), "--dataset_name", str(data), "--max_steps", "1"]))
+    record = train.run(parse([str(config), "--dataset_name", str(data), "--max_steps", "1"]))
     assert record["supervision"]["documents"] == 4
-
-
-def test_csv_parquet_folder_and_split_slices(config: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    rows = Dataset.from_dict({"prompt": ["what is", "say"] * 3, "completion": [" paris", " rome"] * 3})
-    rows.to_csv(tmp_path / "data.csv")
-    rows.to_parquet(tmp_path / "data.parquet")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    rows.to_json(folder / "train.jsonl")
-    for name in ("data.csv", "data.parquet", "folder"):
-        settings = train.parse(
-            [str(config), "--dataset_name", str(tmp_path / name), "--dataset_train_split", "train[1:5]"]
-        )
-        data = train.load_data(settings)
-        assert data.train["completion"][:2] == [" rome", " paris"]
-        assert len(data.train) == 4
 
 
 def test_packing_counts_documents(config: Path, tmp_path: Path) -> None:
     argv = [str(config), "--packing", "true", "--max_length", "64", "--max_steps", "1", "--method", "ce"]
-    record = train.run(train.parse(argv))
+    record = train.run(parse(argv))
     assert record["supervision"] == {"documents": 16, "unsupervised": 0, "tokens": 32}
 
 
@@ -323,7 +306,7 @@ def test_impossible_combinations(config: Path, capsys: pytest.CaptureFixture[str
     assert "full fine-tune" in refused([str(config), "--use_peft", "false"], capsys)
     assert "label_smoothing_factor is 0.1" in refused([str(config), "--label_smoothing_factor", "0.1"], capsys)
     assert "'dft'" in refused([str(config), "--loss_type", "dft"], capsys)
-    train.parse([str(config), "--loss_type", "dft", "--method", "ce"])  # plain CE may
+    parse([str(config), "--loss_type", "dft", "--method", "ce"])  # plain CE may
 
 
 def test_data_that_cannot_work(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,21 +350,3 @@ def test_unsupervised_sequences_are_counted_and_refused_if_all(
     assert record["supervision"]["unsupervised"] == 1
     argv += ["--max_length", "4", "--output_dir", str(tmp_path / "other")]
     assert "None of the 6 sequences" in refused(argv, capsys)
-
-
-def test_check_labels_on_packed_rows_and_bad_rows() -> None:
-    from datasets import Dataset
-
-    rows = Dataset.from_dict(
-        {
-            "input_ids": [[1, 2, 3, 4], [5, 6]],
-            "labels": [[-100, 2, 3, -100], [5, -100]],
-            "seq_lengths": [[2, 2], [2]],
-        }
-    )
-    # Document 0 supervises token 1; document 1 only its own first token, which nothing predicts; document 2 likewise.
-    assert train.check_labels(rows, 10) == train.Supervision(documents=3, unsupervised=2, tokens=1)
-    with pytest.raises(ValueError, match=r"Row 1 of .* has the input id 6, outside the model's vocabulary of 6"):
-        train.check_labels(rows.remove_columns("labels"), 6)
-    with pytest.raises(ValueError, match="has the label -3"):
-        train.check_labels(Dataset.from_dict({"labels": [[1, -3]]}), 6)

@@ -9,14 +9,14 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
-from mask_the_target.attach import unwrap
+from mask_the_target.attach import attachment_of, unwrap
 from reference import reference_loss
 
 ROWS = [{k: v[i].tolist() for k, v in batch(rows=8, length=12, seed=s).items()} for s in range(2) for i in range(8)]
@@ -231,6 +231,45 @@ def test_token_weights_are_stopped(tmp_path: Path) -> None:
         _sft(tmp_path, cls=Weights).train()
 
 
+def test_adapters_without_a_peft_model_in_bfloat16(tmp_path: Path) -> None:
+    """The trainer wraps the model's own forward in autocast, before training begins."""
+    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), toy_llama())
+    trainer = _trainer(tmp_path, model, TMKLCallback(), bf16=True, max_steps=3)
+    trainer.train()
+    assert _logged(trainer)[-1]["kl"] > 0
+
+
+def test_pissa_in_bfloat16_is_regularised(tmp_path: Path) -> None:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")
+    trainer = _trainer(tmp_path, model, TMKLCallback(), bf16=True, max_steps=3)
+    trainer.train()
+    assert _logged(trainer)[-1]["kl"] > 1e-3
+
+
+def test_adalora_whose_model_adds_to_the_loss(tmp_path: Path) -> None:
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = _trainer(tmp_path, get_peft_model(toy_llama(), config), TMKLCallback())
+    trainer.train()
+    for entry in _logged(trainer):
+        assert entry["loss"] > entry["ce"] + entry["kl"] + 0.01
+
+
+def test_a_weight_that_is_unfrozen_before_training_is_refused(tmp_path: Path) -> None:
+    model = with_lora(toy_llama())
+    trainer = _trainer(tmp_path, model, TMKLCallback())
+    unwrap(model)[0].model.norm.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"1 weights outside the adapter are trainable \(model.norm.weight\)"):
+        trainer.train()
+
+
+def test_the_first_step_is_logged_to_prove_the_loss_early(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, with_lora(toy_llama()), TMKLCallback(), logging_steps=4, max_steps=4)
+    trainer.train()
+    assert [entry["step"] for entry in _logged(trainer)] == [1, 4]
+    with pytest.raises(RuntimeError, match="over its first 1 steps"):
+        _trainer(tmp_path, with_lora(toy_llama()), TMKLCallback(), _Adds, logging_steps=4, max_steps=4).train()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -376,3 +415,11 @@ def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
         trainer.train()
     trainer.train()
     assert _logged(trainer)[-1]["kl"] > 0
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    other = Trainer(trainer.model, _arguments(tmp_path), train_dataset=ROWS, data_collator=_collate)
+    other.add_callback(TMKLCallback())
+    other.train()
+    assert _logged(other)[-1]["kl"] > 0
+    assert attachment_of(unwrap(other.model)[0]) is None

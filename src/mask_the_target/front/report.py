@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mask_the_target.front.record import write_whole
+
 Arm = Mapping[str, Any]
 TEXTS = {"text:python_docs": "Python docs", "text:bible": "Bible"}
 
@@ -215,7 +217,7 @@ def write_png(comparison: Mapping[str, Any], path: Path) -> bool:
         return False
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    _write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return True
 
 
@@ -337,7 +339,7 @@ def write_html(comparison: Mapping[str, Any], path: Path) -> None:
         svg=Markup(_svg(comparison)),  # matplotlib escapes the text that it draws
         details=details,
     )
-    _write(path, text.encode())
+    write_whole(path, text.encode())
 
 
 def machine() -> dict[str, Any]:
@@ -354,10 +356,3 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

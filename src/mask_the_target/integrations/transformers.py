@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from mask_the_target.attach import Attachment, Totals, attach, unwrap
-from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.attach import Attachment, Totals, attach, attachment_of, unwrap
+from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_base
 from mask_the_target.integrations import trl
 from mask_the_target.objective import TMKL
 
@@ -31,11 +31,14 @@ class TMKLCallback(TrainerCallback):
         base: ``"auto"``, ``"off"``, ``"initial"`` or a separate frozen model, see :func:`~mask_the_target.attach`.
         full_kl: also measure and log the full-vocabulary KL as ``full_kl``.
 
+    The model is detached when training ends. An interrupted ``train()`` leaves it attached; the next one takes over,
+    and ``mask_the_target.detach(model)`` gives the model back.
+
     Raises:
         ValueError: when the trainer is built, for what :func:`~mask_the_target.attach` refuses and for
             ``label_smoothing_factor``, ``loss_type="dft"`` and ``nn.DataParallel``.
-        RuntimeError: in the first step, when the loss that the trainer backpropagates is not ours; later, when a
-            training forward comes without labels or bypasses ours.
+        RuntimeError: in the first step (which is logged for that), when the loss that the trainer backpropagates is not
+            ours; later, when a training forward comes without labels or bypasses ours.
     """
 
     def __init__(self, options: TMKL = TMKL(), base: BaseChoice | nn.Module = "auto", *, full_kl: bool = False) -> None:
@@ -50,6 +53,7 @@ class TMKLCallback(TrainerCallback):
         # and the value that they give, until the first log.
         self._factors: list[Tensor] | None = []
         self._backpropagated: Tensor | float = 0.0
+        self._value_known = True
         self._steps = 0
 
     @property
@@ -76,9 +80,18 @@ class TMKLCallback(TrainerCallback):
         if self._attachment is not None:  # an earlier train() was interrupted
             self._attachment.detach()
         model = kwargs["model"]
-        if self._base is None or (self._base.model is not unwrap(model)[0] and self._base.kind != "model"):
-            inner, configs = unwrap(model)
+        inner, configs = unwrap(model)
+        left_over = attachment_of(inner)
+        if left_over is not None and left_over.strict:  # another trainer's, which was interrupted
+            left_over.detach()
+        if self._base is None or (self._base.kind != "model" and self._base.model is not inner):
             self._base = resolve_base(inner, self._choice, configs=configs)
+        elif self._base.kind != "model":
+            require_frozen_rest(inner, configs)  # something may have been unfrozen since the trainer was built
+        # A gradient scaler changes the factors, and AdaLoRA's model adds its orthogonality term to the loss after us.
+        self._value_known = not (args.fp16 or args.deepspeed) and not any(
+            str(getattr(config, "peft_type", "")).endswith("ADALORA") for config in configs.values()
+        )
         self._attachment = attach(model, self.options, base=self._base, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
@@ -94,6 +107,9 @@ class TMKLCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
+        if self._attachment is not None and self._attachment.on_backward is not None and self._steps == 1:
+            # The value of the loss is proved at the first log: make it this step's, before there is much to lose.
+            control.should_log = control.should_log or args.logging_strategy != "no"
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,11 +157,10 @@ class TMKLCallback(TrainerCallback):
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
-        if self._attachment.on_backward is not None:
+        if self._attachment.on_backward is not None and self._steps:
             self._attachment.on_backward = None
-            scaled = args.fp16 or args.deepspeed or self._attachment.has_aux_loss
-            if not scaled:  # by a gradient scaler, or with a term beside ours: the value can't be told from here
-                _check_logged(float(logs["loss"]), backpropagated / ranks / max(1, self._steps), self._steps)
+            if self._value_known and not self._attachment.has_aux_loss:
+                _check_logged(float(logs["loss"]), backpropagated / ranks / self._steps, self._steps)
 
     def _note_backward(self, losses: Tensor, factors: Tensor) -> None:
         self._backpropagated = self._backpropagated + (losses * factors).sum()
@@ -202,7 +217,8 @@ def _sum_over_ranks(totals: Totals, backpropagated: Tensor | float) -> list[floa
     """
     values = [totals.ce, totals.kl, totals.full_kl, totals.supervised, totals.excluded, backpropagated, 1.0]
     device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
+    dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # others have no float64
+    stacked = torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(stacked)
     return stacked.tolist()

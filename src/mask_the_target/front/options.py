@@ -1,0 +1,180 @@
+"""The options of `mtt train`: TRL's own and ours, read from a YAML file and the command line, all checked at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mask_the_target import TMKL
+
+
+@dataclass
+class TMKLArguments:
+    """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`."""
+
+    method: Literal["tmkl", "ce"] = field(
+        default="tmkl", metadata={"help": "tmkl: cross-entropy plus target-masked KL. ce: plain cross-entropy (TRL)."}
+    )
+    tmkl_weight: float = field(default=1.0, metadata={"help": "Factor of the KL."})
+    tmkl_divergence: Literal["forward", "reverse", "jsd"] = field(
+        default="forward", metadata={"help": "forward is KL(base || adapted)."}
+    )
+    tmkl_mask_target: bool = field(default=True, metadata={"help": "Remove the target from both distributions."})
+    tmkl_renormalize: bool = field(default=True, metadata={"help": "Renormalise over the non-targets."})
+    tmkl_position_weight: Literal["uniform", "non_target_mass"] = field(
+        default="uniform", metadata={"help": "non_target_mass weighs each position by 1 - base probability of target."}
+    )
+    tmkl_temperature: float = field(default=1.0, metadata={"help": "Temperature of both; the KL is times its square."})
+    tmkl_exclude_base_above: float | None = field(
+        default=None, metadata={"help": "Leave out positions where the base gives the target more than this."}
+    )
+    tmkl_base: Literal["auto", "off", "initial"] = field(
+        default="auto", metadata={"help": "Where the base comes from: adapter off, or a frozen initial adapter."}
+    )
+
+    def options(self) -> TMKL:
+        """The same as a `TMKL`. Raises ValueError with a sentence on a bad value."""
+        return TMKL(
+            weight=self.tmkl_weight,
+            divergence=self.tmkl_divergence,
+            mask_target=self.tmkl_mask_target,
+            renormalize=self.tmkl_renormalize,
+            position_weight=self.tmkl_position_weight,
+            temperature=self.tmkl_temperature,
+            exclude_base_above=self.tmkl_exclude_base_above,
+        )
+
+
+@dataclass
+class Settings:
+    """One run: TRL's four option objects, ours, and the file they came from (None: command line only)."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+    tmkl: TMKLArguments
+    config: str | None = None
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Read `CONFIG.yaml` (first argument, optional) and `--key value` with TRL's parser, and check all of it.
+
+    Raises ValueError or FileNotFoundError with a sentence for an unknown option, a bad value, or a combination that
+    cannot work. Nothing is loaded.
+    """
+    try:
+        from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"mtt train needs TRL and datasets ({error}). Install them with: pip install 'mask-the-target[train]'"
+        ) from error
+
+    args = list(argv)
+    if args and not args[0].startswith("-"):
+        args.insert(0, "--config")
+    kinds: Any = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, TMKLArguments)
+    parser = TrlParser(
+        kinds,
+        prog="mtt train",
+        usage="mtt train [CONFIG.yaml] [--key value ...]",
+        description="TRL's SFT options, and ours (method, tmkl_*), in a YAML file or on the command line.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"], use_cpu=not torch.accelerator.is_available())
+    config = None
+    if "--config" in args:
+        position = args.index("--config") + 1
+        if position >= len(args):
+            raise ValueError("--config needs the path of a YAML file.")
+        config = args[position]
+        _check_config(parser, config)
+    _check_flags(parser, args)
+    script, training, model, mixture, tmkl = parser.parse_args_and_config(args)
+    settings = Settings(script, training, model, mixture, tmkl, config)
+    _check_settings(settings)
+    return settings
+
+
+def _unknown(name: str, known: Sequence[str], where: str) -> ValueError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Run 'mtt train --help' for all options."
+    return ValueError(f"Unknown option {name!r} {where}. {hint}")
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
+    known = list(parser._option_string_actions)
+    for argument in args:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known and flag != "--config":
+            raise _unknown(flag, known, "on the command line")
+
+
+def _check_config(parser: argparse.ArgumentParser, path: str) -> None:
+    """The parser takes a YAML file's values as they are; here each is checked like one from the command line."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no config file {path!r}.")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold 'key: value' lines, but its content is {config!r:.80}.")
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in config.items():
+        if key == "env":  # environment variables, which TRL's parser sets
+            continue
+        if key not in actions:
+            raise _unknown(str(key), list(actions), f"in {path}")
+        if value is not None and not isinstance(value, (list, dict)):
+            _check_value(actions[key], value, f"{path}: {key}")
+
+
+def _check_value(action: argparse.Action, value: Any, where: str) -> None:
+    hint = " (YAML reads a bare no/yes/on/off as true or false: write it in quotes)" if isinstance(value, bool) else ""
+    converted = value
+    if callable(action.type):
+        try:
+            converted = action.type(str(value))
+        except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):
+            name = getattr(action.type, "__name__", "")
+            kind = name if name in ("int", "float") else "bool" if "bool" in name else "value"
+            raise ValueError(f"{where}: {value!r} is not a valid {kind}{hint}.") from None
+    if action.choices is not None and converted not in action.choices:
+        options = ", ".join(map(str, action.choices))
+        raise ValueError(f"{where}: {value!r} is not one of: {options}{hint}.")
+
+
+def _check_settings(settings: Settings) -> None:
+    training, model, script, tmkl = settings.training, settings.model, settings.script, settings.tmkl
+    tmkl.options()
+    if not model.use_peft:
+        raise ValueError(
+            "use_peft is false, which asks for a full fine-tune. TMKL takes its base distribution from the same model "
+            "with the adapter off, so it needs an adapter: remove use_peft, or use TRL's own `trl sft`."
+        )
+    if tmkl.method == "tmkl" and training.label_smoothing_factor > 0:
+        raise ValueError(
+            f"label_smoothing_factor is {training.label_smoothing_factor}: smoothing replaces the loss that TMKL is "
+            "part of, and its uniform pull works against keeping the base. Remove it, or set method: ce."
+        )
+    if tmkl.method == "tmkl" and getattr(training, "loss_type", None) == "dft":
+        raise ValueError(
+            "loss_type is 'dft', which reweighs every token's loss and so the KL in it. Use loss_type: nll, or "
+            "set method: ce."
+        )
+    if getattr(training, "trust_remote_code", False) or getattr(model, "trust_remote_code", False):
+        raise ValueError("trust_remote_code is true: mtt never runs code that came with a model. Remove it.")
+    if not script.dataset_name and not settings.mixture.datasets:
+        raise ValueError(
+            "No data given. Set dataset_name to a local .jsonl, .json, .csv or .parquet file, a folder, a data set's "
+            "name, or 'recipe:NAME' (recipe:arpabet, for one)."
+        )

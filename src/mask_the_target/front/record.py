@@ -1,0 +1,158 @@
+"""What a run leaves beside its weights: run.json, the model card, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mask_the_target.front.backbones import PREFIX
+
+if TYPE_CHECKING:
+    from mask_the_target.front.data import Data
+    from mask_the_target.front.options import Settings
+
+PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write all of it or nothing: a reader never sees half a file. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole` as indented JSON; what JSON doesn't know (a path, an enum) becomes a string."""
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a run's numbers depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            if package == "mask-the-target":
+                found[package] = "not installed (run from source)"
+    return found
+
+
+def new_record(settings: Settings, data: Data) -> dict[str, Any]:
+    """run.json before the first step. `seconds` counts the training time of all parts of a resumed run."""
+    training, model, method = settings.training, settings.model, settings.tmkl
+    return {
+        "status": "running",
+        "model": model.model_name_or_path,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "split": settings.script.dataset_train_split},
+        "method": asdict(method) if method.method == "tmkl" else {"method": "ce"},
+        "seed": training.seed,
+        "lora": {key: value for key, value in asdict(model).items() if key.startswith(("lora_", "use_"))},
+        "options": {
+            "training": training.to_dict(),  # hides tokens
+            "model": asdict(model),
+            "data": asdict(settings.script),
+        },
+        "versions": versions(),
+        "device": str(training.device),
+        "seconds": 0.0,
+        "supervision": {},
+        "metrics": {},
+        "log_history": [],
+    }
+
+
+def last_figures(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of each of the main figures that a trainer logged."""
+    found: dict[str, float] = {}
+    for entry in log_history:
+        found |= {k: v for k, v in entry.items() if k in ("loss", "ce", "kl", "eval_loss", "train_runtime")}
+    return found
+
+
+PAPER = "*Mask the Target: A Plug-and-Play Regularizer Against LoRA Forgetting*"
+LINK = "[arXiv 2605.29498](https://arxiv.org/abs/2605.29498)"
+CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, peft, trl, tmkl]
+{hub}---
+
+# LoRA adapter for `{base}`, trained with {name}
+
+- Base model: `{base}`
+- Data: `{data[name]}` ({data[fingerprint]}), split {data[split]}
+- Method: {method}
+- LoRA: rank {lora[lora_r]}, alpha {lora[lora_alpha]}, dropout {lora[lora_dropout]}, modules {lora[lora_target_modules]}
+- Steps: {steps}, seed {seed}{figures}
+- Versions: {versions}
+
+All options are in `run.json`.
+
+## What was learned and kept
+
+{measured}
+
+## Use
+
+A plain PEFT adapter; nothing else is needed to load it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+{load}
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+{source}
+"""
+NOT_MEASURED = (
+    "Not measured here. `mtt eval --model BASE --adapter THIS_FOLDER` measures what was learned and what was kept, "
+    "base and adapted in one load."
+)
+
+
+def model_card(record: Mapping[str, Any], measured: str = "") -> str:
+    """README.md of an adapter. `measured`: a Markdown table of what was learned and kept, where that is known."""
+    base = str(record["model"])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    load = f"\nbase = AutoModelForCausalLM.from_pretrained({base!r})"
+    if base.startswith(PREFIX):
+        load = (
+            "from mask_the_target.front.backbones import resolve_model\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained(resolve_model({base!r}))"
+        )
+    if record["method"]["method"] == "tmkl":
+        name, source = "target-masked KL (TMKL)", f"Method: Xu, Garg, Saratchandran, Lucey, {PAPER}, {LINK}."
+    else:
+        name, source = "plain cross-entropy", f"The plain baseline of {PAPER}, {LINK}."
+    options = _listed((key.removeprefix("tmkl_"), value) for key, value in record["method"].items() if key != "method")
+    figures = _listed((key, f"{value:.4g}") for key, value in record["metrics"].items() if key != "train_runtime")
+    return CARD.format(
+        hub=f"base_model: {base}\n" if on_hub else "",
+        base=base,
+        name=name,
+        data=record["data"],
+        method=name + (f" with {options}" if options else ""),
+        lora=record["lora"],
+        steps=record["steps"],
+        seed=record["seed"],
+        figures=f"; last logged: {figures}" if figures else "",
+        versions=_listed(record["versions"].items()),
+        measured=measured or NOT_MEASURED,
+        load=load,
+        source=source,
+    )
+
+
+def _listed(pairs: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in pairs)
