@@ -27,7 +27,7 @@ def test_csv_parquet_folder_and_split_slices(tmp_path: Path) -> None:
         assert data.train["completion"][:2] == [" rome", " paris"]
         assert len(data.train) == 4
     argv = ["--output_dir", str(tmp_path / "out"), "--dataset_name", str(tmp_path / "data.csv")]
-    with pytest.raises(ValueError, match="a part of a split, which can't be streamed"):
+    with pytest.raises(ValueError, match="a part of a split, which streaming can't cut"):
         load_data(parse([*argv, "--dataset_train_split", "train[1:5]", "--dataset_streaming", "true"]))
 
 

@@ -195,7 +195,7 @@ def chart(comparison: Mapping[str, Any]) -> Any:
             axis.annotate(
                 str(arm["name"]).replace("$", r"\$"),
                 (x, y),
-                xytext=(-8 if left else 8, 7),
+                xytext=(-8 if left else 8, 7 if place % 2 else -15),  # neighbours' labels on either side
                 textcoords="offset points",
                 ha="right" if left else "left",
                 color=color,
