@@ -133,6 +133,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
         encode_row(tokenizer, rows(1)[0])
 
 
+def test_an_empty_prompt_is_refused_by_its_row() -> None:
+    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "", "completion": "c"}]
+    with pytest.raises(ValueError, match=r"prompt 1 \(counted from 0\) is empty"):
+        target_loss(toy(), character_tokenizer(), rows)
+
+
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no held-out target row"):
         target_loss(toy(), character_tokenizer(), [])

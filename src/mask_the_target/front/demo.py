@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from mask_the_target.base import adapters_off
 from mask_the_target.front import report, train
 from mask_the_target.front.backbones import DEFAULT_MODEL, load_model, resolve_model
-from mask_the_target.front.evaluate import ProbeSizes, add_paired_errors, evaluate_one
+from mask_the_target.front.evaluate import ProbeSizes, add_paired_errors, evaluate_one, fast_bfloat16
 from mask_the_target.front.options import parse
 from mask_the_target.front.recipes import find_recipe
 from mask_the_target.front.record import model_card, versions, write_json, write_whole
@@ -103,7 +103,8 @@ def _settle(demo: Demo, output: Path) -> Demo:
     file = output / "settings.json"
     if not file.exists():
         if demo.precision == "auto":
-            demo = Demo(**{**asdict(demo), "precision": faster_precision()})
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            demo = replace(demo, precision="bf16" if fast_bfloat16(device) else "fp32")
         write_json(file, asdict(demo))
         return demo
     before = json.loads(file.read_text(encoding="utf-8"))
@@ -115,23 +116,6 @@ def _settle(demo: Demo, output: Path) -> Demo:
                 "choose another --output."
             )
     return Demo(**before)
-
-
-def faster_precision() -> str:
-    """bf16 where a product of matrices of a small model's shape is faster so on this device, else fp32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    seconds = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            _ = a @ b
-            times.append(time.perf_counter() - start)
-        seconds[name] = min(times)
-    return min(seconds, key=lambda name: seconds[name])
 
 
 # -------------------------------------------------------------------------------------------------------- training

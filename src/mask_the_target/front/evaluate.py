@@ -150,13 +150,16 @@ def evaluate_pair(
 def fast_autocast(model: nn.Module) -> torch.dtype | None:
     """bfloat16 for a float32 model where the hardware multiplies bfloat16 faster, else None."""
     parameter = next(model.parameters())
-    if parameter.dtype != torch.float32:
-        return None
-    if parameter.device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if parameter.dtype == torch.float32 and fast_bfloat16(parameter.device.type) else None
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the hardware of this device type multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # torch has no public question for this; where the private one is gone, float32 is right and slower.
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if parameter.device.type == "cpu" and native() else None
+    return device == "cpu" and native()
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

@@ -78,10 +78,15 @@ def _forward(model: nn.Module, ids: Tensor, cache: Any, **kwargs: Any) -> Tensor
     return model(input_ids=ids, use_cache=True, **{name: cache}, **kwargs).logits
 
 
-def _shared_prefix(model: nn.Module, prompts: Sequence[list[int]]) -> _Prefix:
+def _shared_prefix(model: nn.Module, prompts: list[list[int]]) -> _Prefix:
     """At least one token of each prompt stays outside, because its logits are wanted."""
     from transformers import DynamicCache
 
+    if not all(prompts):
+        raise ValueError(
+            f"prompt {prompts.index([])} (counted from 0) is empty, and this tokenizer begins a text with no token of "
+            "its own, so there is nothing to answer. Leave such rows out."
+        )
     first, last = min(prompts), max(prompts)  # lists compare token by token: what these two share, all share
     length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))  # noqa: B905
     length = min(length, min(map(len, prompts)) - 1)
