@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 import warnings
 from typing import Any
 
@@ -224,7 +225,9 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     assert _same(plain, _step(model, [data], items), model)
 
 
-def test_attaching_before_and_after_wrapping() -> None:
+def test_attaching_before_and_after_wrapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves the host's name, which may take minutes
     model, _ = _pair()
     data, _, items = _uneven()
     plain = _step(model, [data], items)
