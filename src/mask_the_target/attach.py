@@ -118,7 +118,8 @@ class Attachment:
         if isinstance(backbone, nn.Module) and backbone is not self.model:
             self._guard = backbone.register_forward_pre_hook(self._notice_bypass)
         self._token_statistics = trl.reads_token_statistics(self._previous)
-        self._names = list(inspect.signature(self._previous).parameters)
+        signature = inspect.signature(self._previous)
+        self._names = list(signature.parameters)
         attachment = self
 
         # The signature stays the model's own: trainers drop columns, and `generate` refuses arguments, by it.
@@ -126,7 +127,6 @@ class Attachment:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return attachment._forward(model, *args, **kwargs)
 
-        signature = inspect.signature(self._previous)
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)  # binding takes it away again
         signature = signature.replace(parameters=[first, *signature.parameters.values()])
         forward.__dict__.update(__signature__=signature, attachment=self)

@@ -214,15 +214,15 @@ def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
 
 def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the adapter's weights are what they are now. Memory: one frozen copy of the adapter."""
-    parameters = _adapter_parameters(adapter_layers(model))
-    active = _active(model)
+    layers = adapter_layers(model)
+    parameters, active = _adapter_parameters(layers), _active(layers)
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
 
     def require_unchanged() -> None:
         layers = adapter_layers(model)
         _require_adapter(model, layers)
         now = _adapter_parameters(layers)
-        if _active(model) != active or [id(p) for p in now] != [id(p) for p in parameters]:
+        if _active(layers) != active or [id(p) for p in now] != [id(p) for p in parameters]:
             raise RuntimeError(
                 "the model's adapters were added, switched or replaced since base='initial' kept a copy of them, so "
                 "the copy is not the base any more. Detach, and attach again."
@@ -249,8 +249,8 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
     return context
 
 
-def _active(model: nn.Module) -> list[tuple[list[str], bool]]:
-    return [(list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)]
+def _active(layers: list[Any]) -> list[tuple[list[str], bool]]:
+    return [(list(layer.active_adapters), layer.disable_adapters) for layer in layers]
 
 
 def _separate(model: nn.Module, base: nn.Module) -> Base:
