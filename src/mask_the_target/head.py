@@ -28,16 +28,9 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Applied in place to a float32 (or float64) ``[.., V]`` tensor, which is returned."""
-        if self.scale != 1.0:
-            x.mul_(self.scale)
-        return x if self.softcap is None else x.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def derivative(self, logits: Tensor) -> Tensor | float | None:
-        """d logits / d x, from the transformed logits; None for the identity."""
-        if self.softcap is not None:
-            return (1 - (logits / self.softcap) ** 2).mul_(self.scale)
-        return None if self.scale == 1.0 else self.scale
+        """Logits ``[.., V]`` from the head's output of the same shape, in its dtype."""
+        x = x if self.scale == 1.0 else x * self.scale
+        return x if self.softcap is None else self.softcap * (x / self.softcap).tanh()
 
 
 class Head(NamedTuple):
@@ -261,7 +254,7 @@ def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
     else:
         softcap = far
     transform = LogitTransform(1.0 if abs(scale - 1) < 1e-6 else scale, softcap)
-    expected = transform(grid.clone()).expand_as(logits)
+    expected = transform(grid).expand_as(logits)
     _require_equal(name, "transform of its head's output", logits.float(), expected, _tolerance(logits), skip=1)
     return transform
 

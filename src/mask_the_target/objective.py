@@ -127,6 +127,7 @@ def target_masked_kl(
     options: TMKL = TMKL(),
     *,
     num_items: int | float | Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> TMKLResult:
     """CE + weight * target-masked KL on dense logits: the reference for every other implementation.
 
@@ -139,6 +140,7 @@ def target_masked_kl(
         options: see :class:`TMKL`.
         num_items: the denominator in tokens, where it is known to be another than the supervised rows given here
             (``num_items_in_batch`` under gradient accumulation or data parallelism).
+        token_weights: ``[N]``, a factor of each row's CE and KL; 1 by default. The denominator doesn't change.
 
     Returns:
         :class:`TMKLResult`. With no supervised row the loss is a differentiable 0.
@@ -165,7 +167,8 @@ def target_masked_kl(
     if options.position_weight == "non_target_mass":
         kl = kl * log_mass.exp()
     kl = torch.where(excluded, torch.zeros_like(kl), kl)
-    return reduce_rows(ce + options.weight * kl, ce, kl, excluded, num_items)
+    token_weights = None if token_weights is None else token_weights[rows]
+    return reduce_rows(ce + options.weight * kl, ce, kl, excluded, labels, num_items, token_weights)
 
 
 def log_non_target_mass(logits: Tensor, labels: Tensor) -> Tensor:
@@ -176,11 +179,19 @@ def log_non_target_mass(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce_rows(
-    row_loss: Tensor, ce: Tensor, kl: Tensor, excluded: Tensor, num_items: int | float | Tensor | None
+    row_loss: Tensor,
+    ce: Tensor,
+    kl: Tensor,
+    excluded: Tensor,
+    labels: Tensor,
+    num_items: int | float | Tensor | None,
+    token_weights: Tensor | None,
 ) -> TMKLResult:
-    """Sums of the supervised rows, ``[n]`` each, over the one denominator that CE and KL share."""
-    supervised = torch.tensor(row_loss.numel(), device=row_loss.device)
+    """Sums of the rows, ``[N]`` each (0 at ignored ones), over the one denominator that CE and KL share."""
+    supervised = (labels != IGNORE_INDEX).sum()
     items = denominator(num_items, supervised)
+    if token_weights is not None:
+        row_loss, ce, kl = row_loss * token_weights, ce * token_weights, kl * token_weights
     return TMKLResult(
         loss=row_loss.sum() / items,
         ce=ce.detach().sum() / items,
