@@ -63,7 +63,7 @@ def test_exit_codes() -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == "mtt: unknown command 'trian'; commands are: train, eval, demo.\n"
+    assert capsys.readouterr().err == "mtt: unknown command 'trian'; commands are: train, cache, eval, demo.\n"
     assert main([]) == 2
     assert main(["--version"]) == 0
     with pytest.raises(SystemExit) as left:

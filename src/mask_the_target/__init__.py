@@ -1,6 +1,7 @@
 """Target-masked KL: fine-tune with LoRA and keep what the base model knew."""
 
 from mask_the_target.attach import Attachment, attach, detach
+from mask_the_target.cache import CachedBase
 from mask_the_target.integrations.transformers import TMKLCallback
 from mask_the_target.linear import linear_target_masked_kl
 from mask_the_target.objective import TMKL, target_masked_kl
@@ -8,6 +9,7 @@ from mask_the_target.objective import TMKL, target_masked_kl
 __all__ = [
     "TMKL",
     "Attachment",
+    "CachedBase",
     "TMKLCallback",
     "attach",
     "detach",

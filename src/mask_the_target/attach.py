@@ -11,15 +11,17 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.cache import CachedBase
+from mask_the_target.cached_base import BaseCache
 from mask_the_target.head import (
     FORWARD_SETTINGS,
     Head,
@@ -84,6 +86,7 @@ class Attachment:
         base: where the base distribution comes from.
         last: the last training forward's numbers, or None before the first.
         full_kl: also measure the full-vocabulary KL at each step (a little more time, no more memory).
+        cache: answers base passes from disk, or None.
         totals: sums over training forwards; replace it by ``Totals()`` to start anew.
     """
 
@@ -91,6 +94,7 @@ class Attachment:
     options: TMKL
     base: Base
     full_kl: bool = False
+    cache: BaseCache | None = None
     last: Step | None = None
     totals: Totals = field(default_factory=Totals)
     # Set by integrations: compute logits too, for trainers that read them; raise, not warn, where a training forward
@@ -153,6 +157,8 @@ class Attachment:
         """Give the model its own forward and head back. Calling it twice is harmless."""
         if not self._active:
             return
+        if self.cache is not None:
+            self.cache.flush()
         if not self.installed:
             warnings.warn(
                 "another tool wrapped this model's forward after TMKL was attached, so the wrapper stays in place; "
@@ -234,16 +240,15 @@ class Attachment:
             warnings.warn(message, stacklevel=2)
 
     def _train(self, kwargs: dict[str, Any]) -> Any:
-        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        shifted = kwargs.get("shift_labels") is not None
+        targets = _take_targets(kwargs)
         num_items = kwargs.pop("num_items_in_batch", None)
         fused = trl.take_loss_arguments(kwargs, self._names)
         as_tuple = kwargs.pop("return_dict", None) is False
         kwargs |= {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
-        # Position t predicts the label at t + 1; under context and sequence parallelism labels come shifted already.
-        targets = shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
             check_labels(targets.reshape(-1), vocabulary=self._tap.head().weight.shape[0])
-        supervised = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+        supervised = _supervised(targets)
 
         base_hidden, base_head = self._base_pass(kwargs, supervised)
         output, adapted = self._adapted_pass(
@@ -261,7 +266,7 @@ class Attachment:
             loss = loss + self._probed.aux_coefficient * aux.to(loss.device)
         self._record(rows, loss, items, count)
         if fused:
-            return trl.fused_output(rows, adapted.supervised, targets, loss, aux, shifted=shift_labels is not None)
+            return trl.fused_output(rows, adapted.supervised, targets, loss, aux, shifted=shifted)
         fields = {**output, "loss": loss}
         if not self.keep_logits:
             fields["logits"] = None
@@ -280,17 +285,33 @@ class Attachment:
         inputs = dict(kwargs)
         if hasattr(text_config(model), "output_router_logits") and accepted(forward, "output_router_logits"):
             inputs["output_router_logits"] = False  # the router's loss is the adapted pass's alone
-        kept: list[Tensor] = []
 
-        def keep(hidden: Tensor) -> Tensor:
-            kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
-            return narrow(hidden)
+        def compute(inputs: Mapping[str, Any]) -> Tensor:
+            kept: list[Tensor] = []
 
-        with torch.no_grad(), evaluating(model), self.base.context():
-            tap.run(forward, inputs, keep)
-        if model is self.model:
-            return kept[0], None
-        return kept[0], tap.head(self._base_probed.transform)
+            def keep(hidden: Tensor) -> Tensor:
+                kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
+                return narrow(hidden)
+
+            with torch.no_grad(), evaluating(model), self.base.context():
+                tap.run(forward, inputs, keep)
+            return kept[0]
+
+        hidden = compute(inputs) if self.cache is None else self.cache.hidden(inputs, supervised, compute)
+        return hidden, None if model is self.model else tap.head(self._base_probed.transform)
+
+    def fill_cache(self, batch: Mapping[str, Any]) -> None:
+        """Run (or find) the base pass of a training batch, so that its hidden states are in the cache."""
+        if self.cache is None:
+            raise ValueError("this model is attached without a cache; use attach(model, base='cached').")
+        inputs = dict(batch)
+        targets = _take_targets(inputs)
+        inputs |= {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
+        self._running = True
+        try:
+            self._base_pass(inputs, _supervised(targets))
+        finally:
+            self._running = False
 
     def _adapted_pass(
         self,
@@ -355,7 +376,7 @@ def attach(
     model: nn.Module,
     options: TMKL = TMKL(),
     *,
-    base: BaseChoice | nn.Module | Base = "auto",
+    base: BaseChoice | Literal["cached"] | CachedBase | nn.Module | Base = "auto",
     full_kl: bool = False,
 ) -> Attachment:
     """Make ``model(**batch).loss`` in training CE + weight * target-masked KL to the base model.
@@ -365,7 +386,9 @@ def attach(
             or another wrapper with ``.module``. It must have its adapter already.
         options: the objective, see :class:`~mask_the_target.TMKL`.
         base: ``"auto"``, ``"off"``, ``"initial"``, a separate frozen model, or what
-            :func:`~mask_the_target.base.resolve_base` found before the adapter's weights moved.
+            :func:`~mask_the_target.base.resolve_base` found before the adapter's weights moved. ``"cached"``, or
+            :class:`~mask_the_target.CachedBase` with its settings: ``"auto"``, with the base's final hidden states
+            kept on disk, so that the base pass runs in the first epoch only.
         full_kl: also measure the full-vocabulary KL at each step, in ``attachment.last.full_kl``.
 
     Returns:
@@ -379,9 +402,15 @@ def attach(
     inner, configs = unwrap(model)
     if attachment_of(inner) is not None:
         raise ValueError("TMKL is attached to this model already; call detach(model) first to change its options.")
-    if not isinstance(base, Base):
-        base = resolve_base(inner, base, configs=configs)
-    return Attachment(inner, options, base, full_kl)
+    choice, cached = cache_of(base)
+    resolved = choice if isinstance(choice, Base) else resolve_base(inner, choice, configs=configs)
+    return Attachment(inner, options, resolved, full_kl, None if cached is None else BaseCache(cached, resolved))
+
+
+def cache_of(base: Any) -> tuple[Any, CachedBase | None]:
+    """``base=`` without its cache, and the cache's settings: ``"cached"`` is ``CachedBase()``."""
+    cached = CachedBase() if isinstance(base, str) and base == "cached" else base
+    return (cached.base, cached) if isinstance(cached, CachedBase) else (base, None)
 
 
 def detach(model: nn.Module) -> None:
@@ -432,6 +461,17 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     if isinstance(own, dict):
         configs.update(own)
     return model, configs
+
+
+def _take_targets(inputs: dict[str, Any]) -> Tensor:
+    """``[B, T]``: position t predicts the label at t + 1; under context parallelism labels come shifted already."""
+    labels, shift_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    return shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _supervised(targets: Tensor) -> Tensor:
+    """``[n]``: indices of the supervised positions in the flattened ``[B * T]``."""
+    return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def _on(head: Head, device: torch.device) -> Head:

@@ -83,7 +83,9 @@ def resolve_base(
     """
     configs = configs or {}
     if not isinstance(base, nn.Module) and base not in ("auto", "off", "initial"):
-        raise ValueError(f"base={base!r} is unknown; use 'auto', 'off', 'initial' or a separate frozen model.")
+        raise ValueError(
+            f"base={base!r} is unknown; use 'auto', 'off', 'initial', 'cached' or a separate frozen model."
+        )
     for name, config in configs.items():
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
@@ -148,10 +150,10 @@ def _require_adapter(model: nn.Module, layers: list[Any]) -> None:
             )
 
 
-def _adapter_parameters(layers: list[Any]) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights that belong to adapters, each once; compared by identity since some are shared between layers."""
     found: dict[int, nn.Parameter] = {}
-    for layer in layers:
+    for layer in adapter_layers(model):
         frozen_part = "base_layer." if isinstance(layer, BaseTunerLayer) else "original_module."
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             if not name.startswith(frozen_part):
@@ -161,7 +163,7 @@ def _adapter_parameters(layers: list[Any]) -> list[nn.Parameter]:
 
 def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:
     """Refuse trainable weights outside the adapters: ValueError, with the names of the first of them."""
-    inside = {id(parameter) for parameter in _adapter_parameters(adapter_layers(model))}
+    inside = {id(parameter) for parameter in adapter_parameters(model)}
     moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if not moving:
         return
@@ -215,13 +217,13 @@ def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
 def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the adapter's weights are what they are now. Memory: one frozen copy of the adapter."""
     layers = adapter_layers(model)
-    parameters, active = _adapter_parameters(layers), _active(layers)
+    parameters, active = adapter_parameters(model), _active(layers)
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
 
     def require_unchanged() -> None:
         layers = adapter_layers(model)
         _require_adapter(model, layers)
-        now = _adapter_parameters(layers)
+        now = adapter_parameters(model)
         if _active(layers) != active or [id(p) for p in now] != [id(p) for p in parameters]:
             raise RuntimeError(
                 "the model's adapters were added, switched or replaced since base='initial' kept a copy of them, so "

@@ -20,6 +20,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
 
   mtt demo                           the main job on a small model: plain CE beside TMKL, with a table and a page
   mtt train CONFIG.yaml              train an adapter; a TRL user's SFT config works as it is
+  mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
@@ -32,6 +33,12 @@ def _train(argv: Sequence[str]) -> int:
     from mask_the_target.front.train import main
 
     return main(argv)
+
+
+def _cache(argv: Sequence[str]) -> int:
+    from mask_the_target.front.train import cache_main
+
+    return cache_main(argv)
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -206,7 +213,7 @@ def check_adapter(folder: Path, config: Any) -> None:
         raise ValueError(f"{folder} doesn't fit the model: {reason}.")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "eval": _eval, "demo": _demo}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "cache": _cache, "eval": _eval, "demo": _demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

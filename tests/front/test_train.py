@@ -350,3 +350,38 @@ def test_unsupervised_sequences_are_counted_and_refused_if_all(
     assert record["supervision"]["unsupervised"] == 1
     argv += ["--max_length", "4", "--output_dir", str(tmp_path / "other")]
     assert "None of the 6 sequences" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_cached_base_trains_the_same_and_is_filled_beforehand(
+    config: Path, tmp_path: Path, packing: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three epochs: losses as without the cache; `mtt cache` leaves no base pass to the run but the first proof's."""
+    monkeypatch.setenv("MTT_CACHE", str(tmp_path / "cache"))
+    options = ["--max_steps", "12", "--packing", str(packing).lower(), "--max_length", "40"]
+    losses = {}
+    for base in ("auto", "cached"):
+        output = tmp_path / base
+        if base == "cached":
+            assert main(["cache", str(config), *options, "--output_dir", str(tmp_path / "unused")]) == 0
+            assert "MiB of hidden states in" in capsys.readouterr().out
+            shards = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+            assert shards
+        assert main(["train", str(config), *options, "--base", base, "--output_dir", str(output)]) == 0
+        history = json.loads((output / "run.json").read_text())["log_history"]
+        losses[base] = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses["cached"] == pytest.approx(losses["auto"], rel=1e-3)
+    assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == shards  # all was there
+    assert main(["cache", str(config), *options, "--output_dir", str(tmp_path / "unused")]) == 0
+    assert "(0 sequences were there already)" not in capsys.readouterr().out
+
+
+def test_a_cache_over_its_limit_is_refused_before_anything_is_computed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTT_CACHE", str(tmp_path / "cache"))
+    for command in ("cache", "train"):
+        assert main([command, str(config), "--base", "cached", "--cache_limit_gib", "1e-7"]) == 2
+        assert "over the limit of" in capsys.readouterr().err
+    assert main(["train", str(config), "--base", "cached", "--cache_limit_gib", "0"]) == 2
+    assert "limit_gib=0.0" in capsys.readouterr().err

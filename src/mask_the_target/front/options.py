@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from mask_the_target import TMKL
+from mask_the_target import TMKL, CachedBase
+from mask_the_target.base import BaseChoice
 
 
 @dataclass
@@ -34,9 +35,25 @@ class TMKLArguments:
     tmkl_exclude_base_above: float | None = field(
         default=None, metadata={"help": "Leave out positions where the base gives the target more than this."}
     )
-    tmkl_base: Literal["auto", "off", "initial"] = field(
-        default="auto", metadata={"help": "Where the base comes from: adapter off, or a frozen initial adapter."}
+    base: Literal["auto", "off", "initial", "cached"] = field(
+        default="auto",
+        metadata={
+            "help": "Where the base comes from: adapter off, or a frozen initial adapter; auto chooses. cached: auto, "
+            "with its hidden states kept on disk, so that its pass is paid in the first epoch only."
+        },
     )
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where base: cached keeps them. Default: $MTT_CACHE, or ~/.cache."}
+    )
+    cache_limit_gib: float = field(default=50.0, metadata={"help": "The most that they may take, in GiB."})
+    cache_dtype: Literal["model", "bfloat16"] = field(
+        default="model", metadata={"help": "model: hidden states as they are. bfloat16: rounded, half of float32."}
+    )
+
+    def base_choice(self) -> BaseChoice | CachedBase:
+        """`base=` of the callback. Raises ValueError with a sentence on a bad value."""
+        cached = CachedBase(folder=self.cache_folder, limit_gib=self.cache_limit_gib, dtype=self.cache_dtype)
+        return cached if self.base == "cached" else self.base
 
     def options(self) -> TMKL:
         """The same as a `TMKL`. Raises ValueError with a sentence on a bad value."""
@@ -156,6 +173,7 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> None:
 def _check_settings(settings: Settings) -> None:
     training, model, script, tmkl = settings.training, settings.model, settings.script, settings.tmkl
     tmkl.options()
+    tmkl.base_choice()
     if not model.use_peft:
         raise ValueError(
             "use_peft is false, which asks for a full fine-tune. TMKL takes its base distribution from the same model "

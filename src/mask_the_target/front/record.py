@@ -46,6 +46,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _method(arguments: Any) -> dict[str, Any]:
+    """The objective alone: where hidden states are kept doesn't change it, so a run may go on with or without."""
+    if arguments.method != "tmkl":
+        return {"method": "ce"}
+    fields = {name: value for name, value in asdict(arguments).items() if not name.startswith("cache_")}
+    return fields | {"base": "auto" if arguments.base == "cached" else arguments.base}
+
+
 def new_record(settings: Settings, data: Data) -> dict[str, Any]:
     """run.json before the first step. `seconds` counts the training time of all parts of a resumed run."""
     training, model, method = settings.training, settings.model, settings.tmkl
@@ -53,7 +61,7 @@ def new_record(settings: Settings, data: Data) -> dict[str, Any]:
         "status": "running",
         "model": model.model_name_or_path,
         "data": {"name": data.name, "fingerprint": data.fingerprint, "split": settings.script.dataset_train_split},
-        "method": asdict(method) if method.method == "tmkl" else {"method": "ce"},
+        "method": _method(method),
         "seed": training.seed,
         "lora": {key: value for key, value in asdict(model).items() if key.startswith(("lora_", "use_"))},
         "options": {

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from mask_the_target import TMKLCallback, attach
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
 from mask_the_target.front.data import Data, check_labels, load_data
 from mask_the_target.front.options import Settings, parse
 from mask_the_target.front.record import last_figures, model_card, new_record, write_json, write_whole
+from mask_the_target.integrations.transformers import supervised_tokens
 
 # What a resumed run must not change: it would no longer be the run that the checkpoint belongs to.
 FIXED_ON_RESUME = ("model", "data", "method", "seed", "lora")
@@ -162,30 +165,12 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     record = new_record(settings, data)
     resume = _resume(output, training.resume_from_checkpoint, record)
 
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
-
-    model_init = {
-        "revision": settings.model.model_revision,
-        "attn_implementation": settings.model.attn_implementation,
-        "dtype": settings.model.dtype,
-    }
-    training.model_init_kwargs = {**model_init, **(training.model_init_kwargs or {})}
     training.resume_from_checkpoint = str(resume) if resume else None
     stop = StopOnSignal()
     ours: list[TrainerCallback] = [*callbacks, stop]
     if settings.tmkl.method == "tmkl":
-        from mask_the_target import TMKLCallback
-
-        ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.tmkl_base))
-    trainer = SFTTrainer(
-        model=path,
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        quantization_config=get_quantization_config(settings.model),
-        peft_config=get_peft_config(settings.model),
-        callbacks=ours,
-    )
+        ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
+    trainer = _build_trainer(settings, data, path, ours)
     record["supervision"] = _check_tokenised(trainer, data)
     stop_on_bad_loss(trainer)
     main_process = trainer.is_world_process_zero()
@@ -216,6 +201,50 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         write_whole(output / "README.md", model_card(record).encode())
         write_json(output / "run.json", record)
     return record
+
+
+def _build_trainer(settings: Settings, data: Data, path: str, callbacks: list[TrainerCallback]) -> Any:
+    from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+    model_init = {
+        "revision": settings.model.model_revision,
+        "attn_implementation": settings.model.attn_implementation,
+        "dtype": settings.model.dtype,
+    }
+    settings.training.model_init_kwargs = {**model_init, **(settings.training.model_init_kwargs or {})}
+    return SFTTrainer(
+        model=path,
+        args=settings.training,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        quantization_config=get_quantization_config(settings.model),
+        peft_config=get_peft_config(settings.model),
+        callbacks=callbacks,
+    )
+
+
+def fill_cache(settings: Settings) -> str:
+    """Run the base over one epoch of the training data and keep its hidden states; what is there already is skipped.
+
+    Returns a sentence on what the cache holds. Raises ValueError with a sentence for input that cannot work, and when
+    the cache stops growing (its limit, or the disk's).
+    """
+    settings.tmkl.method, settings.tmkl.base = "tmkl", "cached"
+    data = load_data(settings)
+    settings.model.model_name_or_path = settings.model.model_name_or_path or DEFAULT_MODEL
+    path, _ = find_model(settings.model.model_name_or_path, settings.model.model_revision)
+    trainer = _build_trainer(settings, data, path, [])
+    loader = trainer.get_train_dataloader()
+    with attach(trainer.model, settings.tmkl.options(), base=settings.tmkl.base_choice()) as attachment:
+        cache = attachment.cache
+        assert cache is not None
+        cache.expected = supervised_tokens(loader, settings.training)
+        for batch in tqdm(loader, desc="base pass", unit="batch"):
+            with trainer.accelerator.autocast():
+                attachment.fill_cache(trainer._prepare_inputs(batch))
+            if cache.stopped:
+                raise ValueError(f"the cache could not be filled: {cache.stopped}.")
+        return cache.describe()
 
 
 def _check_tokenised(trainer: Any, data: Data) -> dict[str, int]:
@@ -273,6 +302,12 @@ def _difference(key: str, then: Any, now: Any) -> str:
         key = next(name for name in now | then if now.get(name) != then.get(name))
         then, now = then.get(key), now.get(key)
     return f"{key} was {then!r} and is now {now!r}"
+
+
+def cache_main(argv: Sequence[str]) -> int:
+    """The command `mtt cache`."""
+    print(fill_cache(parse(argv)))
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:

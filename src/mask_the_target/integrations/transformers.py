@@ -10,17 +10,19 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from mask_the_target.attach import Attachment, Totals, attach, attachment_of, unwrap
+from mask_the_target.attach import Attachment, Totals, attach, attachment_of, cache_of, unwrap
 from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_base
+from mask_the_target.cache import CachedBase
+from mask_the_target.cached_base import BaseCache
 from mask_the_target.integrations import trl
-from mask_the_target.objective import TMKL
+from mask_the_target.objective import IGNORE_INDEX, TMKL
 
 
 class TMKLCallback(TrainerCallback):
@@ -28,7 +30,8 @@ class TMKLCallback(TrainerCallback):
 
     Args:
         options: the objective, see :class:`~mask_the_target.TMKL`.
-        base: ``"auto"``, ``"off"``, ``"initial"`` or a separate frozen model, see :func:`~mask_the_target.attach`.
+        base: ``"auto"``, ``"off"``, ``"initial"``, ``"cached"`` (or a :class:`~mask_the_target.CachedBase`) or a
+            separate frozen model, see :func:`~mask_the_target.attach`.
         full_kl: also measure and log the full-vocabulary KL as ``full_kl``.
 
     The model is detached when training ends. An interrupted ``train()`` leaves it attached; the next one takes over,
@@ -41,12 +44,18 @@ class TMKLCallback(TrainerCallback):
             ours; later, when a training forward comes without labels or bypasses ours.
     """
 
-    def __init__(self, options: TMKL = TMKL(), base: BaseChoice | nn.Module = "auto", *, full_kl: bool = False) -> None:
+    def __init__(
+        self,
+        options: TMKL = TMKL(),
+        base: BaseChoice | Literal["cached"] | CachedBase | nn.Module = "auto",
+        *,
+        full_kl: bool = False,
+    ) -> None:
         if not isinstance(options, TMKL):
             raise ValueError(f"TMKLCallback takes the options as TMKL(...), got {type(options).__name__}.")
         self.options = options
         self.full_kl = full_kl
-        self._choice = base
+        self._choice, self._cached = cache_of(base)
         self._base: Base | None = None
         self._attachment: Attachment | None = None
         # The proof that the trainer backpropagates our loss: each backward's factors, until the first optimiser step;
@@ -93,6 +102,10 @@ class TMKLCallback(TrainerCallback):
             str(getattr(config, "peft_type", "")).endswith("ADALORA") for config in configs.values()
         )
         self._attachment = attach(model, self.options, base=self._base, full_kl=self.full_kl)
+        if self._cached is not None:
+            self._attachment.cache = BaseCache(
+                self._cached, self._base, supervised_tokens(kwargs["train_dataloader"], args)
+            )
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
         self._factors, self._backpropagated, self._steps = [], 0.0, 0
@@ -104,6 +117,12 @@ class TMKLCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._attachment is not None and self._attachment.cache is not None:
+            self._attachment.cache.flush()  # other ranks may be given these sequences in the next epoch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
@@ -166,6 +185,23 @@ class TMKLCallback(TrainerCallback):
         self._backpropagated = self._backpropagated + (losses * factors).sum()
         if self._factors is not None:
             self._factors.append(factors)
+
+
+def supervised_tokens(dataloader: Any, args: TrainingArguments) -> int | None:
+    """Supervised tokens of one epoch, where the data set is tokenised already; None where that isn't known."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    names = getattr(dataset, "column_names", None) or []
+    if not hasattr(dataset, "__len__") or "input_ids" not in names:
+        return None
+    if "labels" in names:
+        return sum(sum(label != IGNORE_INDEX for label in row[1:]) for row in dataset["labels"])
+    masks = [name for name in ("completion_mask", "assistant_masks") if name in names]
+    if getattr(args, "completion_only_loss", None) is False:
+        masks = [name for name in masks if name != "completion_mask"]
+    if not masks:
+        return sum(len(row) - 1 for row in dataset["input_ids"])
+    rows = zip(*(dataset[name] for name in masks), strict=True)
+    return sum(sum(1 for token in zip(*row, strict=True) if all(token)) for row in rows)
 
 
 def _check_logged(logged: float, ours: float, steps: int) -> None:

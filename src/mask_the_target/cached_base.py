@@ -1,0 +1,202 @@
+"""The base pass answered from disk: what decides whether an input can be, and whether the answer is the same.
+
+A wrong hit would anchor the model to something else without a word, so keys hold all that the base's hidden states
+depend on, and what can't be told from ids, mask and positions is not cached.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mask_the_target.base import Base, adapter_parameters
+from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
+
+# All that an input may hold besides flags; the lengths of packed documents say no more than position_ids.
+_KEYED = {"input_ids", "attention_mask", "position_ids"}
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+class BaseCache:
+    """Answers the base passes of one attachment.
+
+    Args:
+        settings: where, how large, in which dtype.
+        base: the base whose hidden states are stored.
+        expected: supervised tokens of one epoch, where they are known: the size is announced and checked before the
+            first step, and data that differs from epoch to epoch is noticed.
+    """
+
+    def __init__(self, settings: CachedBase, base: Base, expected: int | None = None) -> None:
+        self.settings = settings
+        self._base = base
+        self._store: HiddenStates | None = None
+        self._autocast: str | None = None
+        self._isolated: bool | None = None  # whether packed documents don't see each other; None: not known yet
+        self.expected = expected
+        self._missed = 0
+        self._off: str | None = None
+
+    def hidden(self, inputs: Mapping[str, Any], supervised: Tensor, compute: Callable[..., Tensor]) -> Tensor:
+        """The base's final hidden states at the supervised positions, ``[n, d]`` in the stored dtype.
+
+        Args:
+            inputs: the base pass's arguments.
+            supervised: ``[n]`` sorted indices into the flattened ``[B * T]`` positions.
+            compute: runs the base pass on ``inputs`` and gives ``[n, d]``.
+
+        Raises:
+            ValueError: at the first call, if an announced epoch would pass the limit or fill the disk.
+        """
+        if self._off is not None or not len(supervised):
+            return compute(inputs)
+        reason = self._reason_against(inputs)
+        if reason is None and self._store is None:
+            reason = self._open(inputs, compute)
+        if reason is not None:
+            self._stop(reason)
+            return compute(inputs)
+        store = self._store
+        assert store is not None
+        restarts = _restarts(inputs)
+        if self._isolated is None and restarts is not None:
+            self._isolated = self._prove_isolation(inputs, supervised, restarts, compute)
+        documents = spans(
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            supervised,
+            isolated=bool(self._isolated),
+        )
+        found = store.read([d.key for d in documents], [d.end - d.start for d in documents])
+        if found is not None:
+            return found.to(supervised.device)
+        hidden = compute(inputs)
+        self._missed += len(supervised)
+        if self.expected is not None and self._missed > 1.5 * self.expected + len(supervised):
+            self._stop(
+                "the sequences differ from epoch to epoch (a random augmentation or packing), so the stored hidden "
+                "states are never asked for again"
+            )
+            return hidden
+        for document in documents:
+            store.write(document.key, hidden[document.start : document.end])
+        return hidden.to(store.dtype)  # so that the first epoch's losses are the later ones'
+
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing more is stored, or None."""
+        full = self._store is not None and self._store.full
+        return self._off or ("it is at its limit, or the disk is full" if full else None)
+
+    def describe(self) -> str:
+        """A sentence on what the cache holds."""
+        store = self._store
+        if store is None:
+            return "The base's cache is empty: no batch had a supervised token."
+        store.flush()
+        size = store.stored_bytes / MIB
+        return f"{size:,.1f} MiB of hidden states in {store.folder} ({store.hits} sequences were there already)"
+
+    def flush(self) -> None:
+        """Write what is still in memory, for other processes and later runs."""
+        if self._store is not None:
+            self._store.flush()
+
+    def _reason_against(self, inputs: Mapping[str, Any]) -> str | None:
+        """Why these inputs can't be cached, or None."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, Tensor):
+            return "the batch holds no input_ids (embeddings are given instead)"
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            return f"the attention mask {list(mask.shape)} is not [batch, sequence]"
+        known = _KEYED | (_PACKING if inputs.get("position_ids") is not None else set())
+        other = [name for name, value in inputs.items() if name not in known and not _is_flag(value)]
+        if other:
+            return f"the base depends on more than token ids: the batch holds {', '.join(map(repr, other))}"
+        if self._store is not None and self._autocast != _autocast(ids.device):
+            return "the autocast dtype changed since the cache was opened"
+        return None
+
+    def _open(self, inputs: Mapping[str, Any], compute: Callable[..., Tensor]) -> str | None:
+        """Open the store of this base; the reason against it, where there is one."""
+        model, device = self._base.model, inputs["input_ids"].device
+        hidden = compute(inputs)
+        if not torch.equal(hidden, compute(inputs)):
+            return "two base passes over the same batch differ (noise on embeddings, or dropout in eval mode)"
+        self._autocast = _autocast(device)
+        dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else hidden.dtype
+        without = set() if self._base.kind == "initial" else {id(p) for p in adapter_parameters(model)}
+        extra = {"base": self._base.kind, "autocast": self._autocast, "stored": str(dtype)}
+        try:
+            with self._base.context():
+                key, description = fingerprint(model, without=without, **extra)
+        except ValueError as error:
+            return str(error)
+        limit = int(self.settings.limit_gib * GIB)
+        store = HiddenStates(self.settings.root / key, description, hidden.shape[1], dtype, limit)
+        if self.expected is not None:
+            announcement = store.announce(self.expected)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"base='cached': {announcement}", file=sys.stderr, flush=True)
+        self._store = store
+        return None
+
+    def _prove_isolation(
+        self, inputs: Mapping[str, Any], supervised: Tensor, restarts: Tensor, compute: Callable[..., Tensor]
+    ) -> bool | None:
+        """Whether the last document of each row stays as it is when other tokens stand in those before it.
+
+        Same shapes, so same kernels: equal to rounding if the model keeps packed documents apart. None if this batch
+        can't tell.
+        """
+        length = restarts.shape[1]
+        position = torch.arange(length, device=restarts.device)
+        start = torch.where(restarts, position, 0).amax(1, keepdim=True)  # [B, 1] of the last document
+        before = position < start  # [B, T]
+        after = (position >= start) & (start > 0)
+        rows = after.reshape(-1)[supervised]  # [n]
+        if not rows.any():
+            return None
+        ids = inputs["input_ids"]
+        other = torch.where(before, ids.roll(1, 1).flip(1), ids)
+        if torch.equal(other, ids):
+            return None
+        own, changed = compute(inputs)[rows].float(), compute({**inputs, "input_ids": other})[rows].float()
+        return bool((own - changed).abs().max() <= 1e-3 * own.abs().max())
+
+    def _stop(self, reason: str) -> None:
+        self._off = reason
+        self.flush()
+        warnings.warn(
+            f"base='cached' is off from here on, and the base pass runs in every step: {reason}. The loss is the same. "
+            "Use base='auto' to say so from the start.",
+            stacklevel=2,
+        )
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, str))
+
+
+def _autocast(device: torch.device) -> str:
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
+
+
+def _restarts(inputs: Mapping[str, Any]) -> Tensor | None:
+    """``[B, T]``: where a document starts inside a row; None where no row holds more than one."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    restarts = torch.zeros_like(positions, dtype=torch.bool)
+    restarts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        restarts &= mask.bool()  # padding
+    return restarts.expand(inputs["input_ids"].shape) if restarts.any() else None
