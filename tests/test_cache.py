@@ -297,7 +297,9 @@ def test_round_trip_is_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     own = store(tmp_path, dtype)
     assert own.read([key(0)], [150]) is None
     own.write(key(0), hidden[:150])
-    own.write(key(1), hidden[150:].clone().requires_grad_())
+    theirs = hidden[150:].clone().requires_grad_()
+    own.write(key(1), theirs)
+    theirs.detach().zero_()  # written is written
     for reader in (own, None, None):
         if reader is None:
             own.flush()
@@ -431,12 +433,38 @@ def test_a_bad_shard_is_named_deleted_and_recomputed(tmp_path: Path, damage: str
 
 def test_stores_find_each_others_work(tmp_path: Path) -> None:
     one, other = store(tmp_path), store(tmp_path)
-    for number in range(6):  # in turns, as fast as it goes: within one tick of the file system's clock
+    for number in range(4):
         writer, reader = (one, other) if number % 2 else (other, one)
         assert reader.read([key(number)], [3]) is None
+        then = tmp_path.stat().st_mtime_ns
         writer.write(key(number), rows(number))
         writer.flush()
+        os.utime(tmp_path, ns=(then, then))  # a file system whose clock ticks slowly
         assert torch.equal(reader.read([key(number)], [3]), rows(number))
+
+
+def test_what_cannot_be_opened_is_named_once_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.warns(UserWarning, match=r"a\.safetensors can't be read") as caught:
+        own = store(tmp_path)
+    assert len(caught) == 1
+    with quiet():
+        own.write(key(0), rows(0))
+        own.flush()
+        assert own.read([key(1)], [3]) is None
+    assert (tmp_path / "a.safetensors").is_dir()
+
+
+def test_the_limit_counts_whole_files(tmp_path: Path) -> None:
+    own = store(tmp_path, limit=20_000)
+    number = 0
+    while not own.full:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is full
+            own.write(key(number), rows(number, 1))  # 32 bytes, with 24 for its key and offset
+        number += 1
+    own.flush()
+    assert 15_000 < sum(path.stat().st_size for path in shards(tmp_path)) <= 20_000
 
 
 def test_the_limit_stops_growth_once_and_keeps_what_is_there(tmp_path: Path) -> None:
