@@ -6,7 +6,9 @@ head gets no gradient, so the work is three products: adapted logits, base logit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, cast
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask_the_target import rows_torch
 from mask_the_target.head import Head, LogitTransform
 from mask_the_target.objective import (
     IGNORE_INDEX,
@@ -26,12 +29,16 @@ from mask_the_target.objective import (
     check_rows,
     reduce_rows,
 )
-from mask_the_target.rows_torch import Rows, compute_rows
+from mask_the_target.rows_torch import Rows
 
-# One model's logits of a chunk. Larger chunks read the head's weight less often, smaller ones stay closer to a CPU's
-# cache; within a factor of two of these the time is flat (benchmarks/loss.py).
-_CHUNK_BYTES = {"cpu": 2**25}
+# One model's logits of a chunk. On a CPU both models' together are 32 MiB, the most that glibc gives from memory that
+# it holds already: 0.97 of the three products alone, against 1.03 to 1.17 with 2 to 4 times as much, whose pages are
+# new each time (1024 x 576 x 49152, AMD EPYC, 2 threads).
+_CHUNK_BYTES = {"cpu": 2**24}
 _CHUNK_BYTES_ELSEWHERE = 2**28
+# Fewer rows than this make a slow product, whatever the memory: 1.71 with 16 rows, 1.05 with 64, 0.89 with 128 of a
+# vocabulary of 262,144.
+_FEWEST_ROWS = 96
 
 
 def linear_target_masked_kl(
@@ -63,8 +70,8 @@ def linear_target_masked_kl(
             base model. By default both share one head, and ``d_b = d``.
         num_items: the denominator in tokens; the supervised rows by default.
         token_weights: ``[N]``, a factor of each row's CE and KL; 1 by default. It needs a frozen head.
-        chunk_tokens: rows of logits alive at a time. The default keeps one model's at 32 MiB on a CPU, 256 MiB
-            elsewhere.
+        chunk_tokens: rows of logits alive at a time. The default keeps one model's at 16 MiB on a CPU, 256 MiB
+            elsewhere, but at 96 rows at least.
         logits_dtype: ``torch.bfloat16`` or ``torch.float16`` to round the logits of inputs of that dtype: half the
             memory, but a floor under small KLs (about 1e-5 nats at a peak logit of 20). Float32 by default.
 
@@ -238,8 +245,9 @@ def _linear_rows(
     d_bias = torch.zeros(len(weight) if need_bias else 0, dtype=statistics, device=hidden.device)
     with_gradient = need_hidden or need_weight or need_bias
     bytes_of_chunk = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_ELSEWHERE)
-    chunk_tokens = chunk_tokens or max(1, bytes_of_chunk // logits_dtype.itemsize // len(weight))
+    chunk_tokens = chunk_tokens or max(_FEWEST_ROWS, bytes_of_chunk // logits_dtype.itemsize // len(weight))
     blocks: list[Rows] = []
+    compute_rows = _row_kernel(hidden.device.type)
     # Autocast would send the products to bfloat16 logits; their dtype is chosen here.
     with torch.autocast(hidden.device.type, enabled=False), _matrix_units(hidden.dtype, weight.dtype):
         # One pass over an empty batch, so that the results have their dtype.
@@ -343,6 +351,16 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _linear_rows.register_autograd(_backward, setup_context=_keep_gradients)
+
+
+@functools.cache
+def _row_kernel(device: str) -> Callable[..., Rows]:
+    """Triton's on GPUs that have it, else PyTorch's."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from mask_the_target import rows_triton
+
+        return rows_triton.compute_rows
+    return rows_torch.compute_rows
 
 
 @contextmanager
