@@ -12,6 +12,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,12 +32,14 @@ from mask_the_target.head import (
     evaluating,
     narrow,
     probe,
+    probe_inputs,
     text_config,
 )
 from mask_the_target.integrations import trl
 from mask_the_target.linear import linear_rows
 from mask_the_target.objective import IGNORE_INDEX, TMKL, check_labels, denominator
 from mask_the_target.rows_torch import Rows
+from mask_the_target.shared_prefix import SharedPrefix, find_shared_prefix
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Attachment:
         last: the last training forward's numbers, or None before the first.
         full_kl: also measure the full-vocabulary KL at each step (a little more time, no more memory).
         cache: answers base passes from disk, or None.
+        prefix: the layers before the first adapter, which run once for both passes; None where there are none.
         totals: sums over training forwards; replace it by ``Totals()`` to start anew.
     """
 
@@ -114,6 +118,8 @@ class Attachment:
         except BaseException:
             self._tap.remove()
             raise
+        own = self.base.model is self.model
+        self.prefix = find_shared_prefix(self.model, self._probe_hidden) if own else None
         self._active = True
         self._warned = False
         self._running = False
@@ -175,6 +181,18 @@ class Attachment:
         self._tap.remove()
         if self._base_tap is not self._tap:
             self._base_tap.remove()
+
+    def _probe_hidden(self) -> Tensor:
+        """The hidden states that reach the head on a few tokens, ``[B, T, d]``, by the model's own forward."""
+        seen: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return narrow(hidden)
+
+        inputs = probe_inputs(self.model, self._previous, self._tap.head().weight.shape[0])
+        self._tap.run(self._previous, inputs, keep)
+        return seen[0]
 
     def _probe_base(self) -> tuple[HeadTap, Probed]:
         if self.base.model is self.model:
@@ -293,12 +311,18 @@ class Attachment:
                 kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
                 return narrow(hidden)
 
-            with torch.no_grad(), evaluating(model), self.base.context():
+            prefix = self._shared()
+            recording = nullcontext() if prefix is None else prefix.recording()
+            with torch.no_grad(), evaluating(model), self.base.context(), recording:
                 tap.run(forward, inputs, keep)
             return kept[0]
 
         hidden = compute(inputs) if self.cache is None else self.cache.hidden(inputs, supervised, compute)
         return hidden, None if model is self.model else tap.head(self._base_probed.transform)
+
+    def _shared(self) -> SharedPrefix | None:
+        """None with a cache, whose base passes are not each the same batch's as the adapted pass that follows."""
+        return self.prefix if self.cache is None else None
 
     def fill_cache(self, batch: Mapping[str, Any]) -> None:
         """Run (or find) the base pass of a training batch, so that its hidden states are in the cache."""
@@ -348,7 +372,9 @@ class Attachment:
                     return self._tap.forward(hidden)
             return narrow(hidden)
 
-        return self._tap.run(self._previous, kwargs, lose), left[0]
+        prefix = self._shared()
+        with nullcontext() if prefix is None else prefix.reusing():
+            return self._tap.run(self._previous, kwargs, lose), left[0]
 
     def _record(self, rows: Rows, loss: Tensor, items: Tensor, count: Tensor) -> None:
         ce, kl = rows.ce.sum(), rows.kl.sum()

@@ -194,7 +194,7 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
     weight, bias, _ = tap.head()
     vocabulary = weight.shape[0]
     name = type(model).__name__
-    inputs = _probe_inputs(model, forward, vocabulary)
+    inputs = probe_inputs(model, forward, vocabulary)
     seen: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
@@ -233,7 +233,8 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
         return Probed(transform, _prove_loss(model, name, forward, inputs, own.logits.float()))
 
 
-def _probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
+def probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
+    """Arguments of a forward over two sequences of four tokens."""
     getter: Any = getattr(model, "get_input_embeddings", None)
     embeddings = getter() if getter is not None else None
     device = next((embeddings or model).parameters()).device
