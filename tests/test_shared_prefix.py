@@ -148,6 +148,15 @@ def test_nothing_is_shared_where_it_would_differ(model: Any) -> None:
         assert attachment.prefix is None
 
 
+def test_layers_whose_own_outputs_are_asked_for_run() -> None:
+    model = adapted(llama(), [2, 3])
+    with attach(model) as attachment:
+        own = model(**batch(), output_hidden_states=True).hidden_states
+        attachment.prefix = None
+        expected = model(**batch(), output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
 def test_noise_that_is_switched_on_later_is_noticed() -> None:
     model = adapted(llama(), [2, 3])
     with layer_calls(model) as counts, attach(model) as attachment:
