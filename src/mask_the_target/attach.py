@@ -38,8 +38,8 @@ from mask_the_target.head import (
 from mask_the_target.integrations import trl
 from mask_the_target.linear import linear_rows
 from mask_the_target.objective import IGNORE_INDEX, TMKL, check_labels, denominator
+from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 from mask_the_target.rows_torch import Rows
-from mask_the_target.shared_prefix import SharedPrefix, find_shared_prefix
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Attachment:
                 kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
                 return narrow(hidden)
 
-            prefix = self._shared(kwargs)
+            prefix = self._shared()
             recording = nullcontext() if prefix is None else prefix.recording()
             with torch.no_grad(), evaluating(model), self.base.context(), recording:
                 tap.run(forward, inputs, keep)
@@ -320,13 +320,10 @@ class Attachment:
         hidden = compute(inputs) if self.cache is None else self.cache.hidden(inputs, supervised, compute)
         return hidden, None if model is self.model else tap.head(self._base_probed.transform)
 
-    def _shared(self, kwargs: Mapping[str, Any]) -> SharedPrefix | None:
+    def _shared(self) -> SharedPrefix | None:
         """None with a cache, whose base passes are not each the same batch's as the adapted pass that follows, and
-        where each layer's own output is asked for."""
-        config = text_config(self.model)
-        outputs = ("output_hidden_states", "output_attentions")
-        asked = any(kwargs.get(name) or getattr(config, name, False) for name in outputs)
-        return None if asked or self.cache is not None else self.prefix
+        under compilation, where there is no batch yet."""
+        return None if self.cache is not None or torch.compiler.is_compiling() else self.prefix
 
     def fill_cache(self, batch: Mapping[str, Any]) -> None:
         """Run (or find) the base pass of a training batch, so that its hidden states are in the cache."""
@@ -376,8 +373,8 @@ class Attachment:
                     return self._tap.forward(hidden)
             return narrow(hidden)
 
-        prefix = self._shared(kwargs)
-        with nullcontext() if prefix is None else prefix.reusing():
+        prefix = self._shared()
+        with nullcontext() if prefix is None else prefix.reusing(kwargs):
             return self._tap.run(self._previous, kwargs, lose), left[0]
 
     def _record(self, rows: Rows, loss: Tensor, items: Tensor, count: Tensor) -> None:
