@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import os
-import platform
 import resource
 import signal
 import subprocess
@@ -17,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from mask_the_target.front import report
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +48,8 @@ def machine(device: str) -> str:
     """Name of the card, or of the processor with the threads in use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"
+    found = report.machine()
+    return f"{found['cpu']}, {found['threads']} threads"
 
 
 def commit() -> str:

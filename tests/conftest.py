@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,23 +15,24 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+# Of a toy of any decoder family. Weights large enough that logits differ clearly.
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def toy_llama(seed: int = 0, **config: object) -> LlamaForCausalLM:
-    """Two layers, 48 tokens; float32. Weights large enough that logits differ clearly."""
-    settings = {
-        "vocab_size": 48,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    """Two layers, 48 tokens; float32."""
+    settings = SIZES | {"max_position_embeddings": 128}
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | config))).train()
 

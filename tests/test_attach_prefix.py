@@ -18,19 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import batch, toy_llama, with_lora
+from conftest import SIZES, batch, toy_llama, with_lora
 from mask_the_target import attach
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
+FOUR_LAYERS = SIZES | {"num_hidden_layers": 4, "head_dim": 4}
 
 
 def llama(**config: Any) -> PreTrainedModel:
@@ -39,12 +30,12 @@ def llama(**config: Any) -> PreTrainedModel:
 
 def gemma2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SIZES, query_pre_attn_scalar=8))
+    return Gemma2ForCausalLM(Gemma2Config(**FOUR_LAYERS, query_pre_attn_scalar=8))
 
 
 def qwen3() -> PreTrainedModel:
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    return Qwen3ForCausalLM(Qwen3Config(**FOUR_LAYERS))
 
 
 def gpt2(dropout: float = 0.0) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -148,7 +149,7 @@ def test_the_operator_keeps_its_contract() -> None:
     x = _inputs(5, 4, 11, dtype=torch.float32)
     arguments = [x["hidden"], x["head_weight"], x["head_bias"], x["base_hidden"], None, None, x["labels"]]
     numbers = [1.0, None, 1.0, None, 0.7, "forward", True, True, "uniform", 1.0, None, 2, False, True, True, True]
-    torch.library.opcheck(linear._linear_rows, (*arguments, *numbers, True, False, False))
+    library.opcheck(linear._linear_rows, (*arguments, *numbers, True, False, False))
 
 
 def test_rounded_logits_put_a_floor_under_a_small_kl() -> None:

@@ -27,29 +27,19 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from conftest import batch, move, toy_llama, with_lora
+from conftest import SIZES, batch, move, toy_llama, with_lora
 from mask_the_target.base import adapters_off
 from mask_the_target.head import HeadTap, evaluating
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+FOUR_LAYERS = SIZES | {"num_hidden_layers": 4, "head_dim": 4}
 GPT2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
-MIXTRAL = SIZES | EXPERTS | {"num_local_experts": 4}
-QWEN2_MOE = SIZES | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+MIXTRAL = FOUR_LAYERS | EXPERTS | {"num_local_experts": 4}
+QWEN2_MOE = (
+    FOUR_LAYERS | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+)
 
 
 def adapted(model: PreTrainedModel | None = None, layers: tuple[int, ...] = (2, 3), **lora: object) -> PeftModel:
@@ -187,8 +177,8 @@ def test_layers_run_once(first: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**SIZES, sliding_window=4),
-        Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2),
+        Gemma2Config(**FOUR_LAYERS, sliding_window=4),
+        Gemma3TextConfig(**FOUR_LAYERS, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2),
         MixtralConfig(**MIXTRAL),
         Qwen2MoeConfig(**QWEN2_MOE),
     ],
@@ -344,7 +334,7 @@ def test_layers_that_read_more_than_the_hidden_states(strict: bool) -> None:
 
 
 def test_shared_keys_and_values() -> None:
-    settings = SIZES | {
+    settings = FOUR_LAYERS | {
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "sliding_window": 4,

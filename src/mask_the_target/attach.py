@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
-from mask_the_target.cached_base import BaseCache
 from mask_the_target.head import (
     FORWARD_SETTINGS,
     Head,
@@ -118,8 +118,9 @@ class Attachment:
         except BaseException:
             self._tap.remove()
             raise
-        own = self.base.model is self.model
-        self.prefix = find_shared_prefix(self.model, self._probe_hidden) if own else None
+        # A cache's base passes are not each the same batch's as the adapted pass that follows.
+        shareable = self.base.model is self.model and self.cache is None
+        self.prefix = find_shared_prefix(self.model, self._probe_hidden) if shareable else None
         self._active = True
         self._warned = False
         self._running = False
@@ -130,6 +131,7 @@ class Attachment:
         self._token_statistics = trl.reads_token_statistics(self._previous)
         signature = inspect.signature(self._previous)
         self._names = list(signature.parameters)
+        self._settings = {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
         attachment = self
 
         # The signature stays the model's own: trainers drop columns, and `generate` refuses arguments, by it.
@@ -263,7 +265,7 @@ class Attachment:
         num_items = kwargs.pop("num_items_in_batch", None)
         fused = trl.take_loss_arguments(kwargs, self._names)
         as_tuple = kwargs.pop("return_dict", None) is False
-        kwargs |= {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
+        kwargs |= self._settings
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
             check_labels(targets.reshape(-1), vocabulary=self._tap.head().weight.shape[0])
         supervised = _supervised(targets)
@@ -321,17 +323,15 @@ class Attachment:
         return hidden, None if model is self.model else tap.head(self._base_probed.transform)
 
     def _shared(self) -> SharedPrefix | None:
-        """None with a cache, whose base passes are not each the same batch's as the adapted pass that follows, and
-        under compilation, where there is no batch yet."""
-        return None if self.cache is not None or torch.compiler.is_compiling() else self.prefix
+        """None under compilation, where there is no batch yet."""
+        return None if torch.compiler.is_compiling() else self.prefix
 
     def fill_cache(self, batch: Mapping[str, Any]) -> None:
         """Run (or find) the base pass of a training batch, so that its hidden states are in the cache."""
         if self.cache is None:
             raise ValueError("this model is attached without a cache; use attach(model, base='cached').")
-        inputs = dict(batch)
+        inputs = {**batch, **self._settings}
         targets = _take_targets(inputs)
-        inputs |= {name: value for name, value in FORWARD_SETTINGS.items() if accepted(self._previous, name)}
         self._running = True
         try:
             self._base_pass(inputs, _supervised(targets))
@@ -404,6 +404,7 @@ def attach(
     options: TMKL = TMKL(),
     *,
     base: BaseChoice | Literal["cached"] | CachedBase | nn.Module | Base = "auto",
+    cache: BaseCache | None = None,
     full_kl: bool = False,
 ) -> Attachment:
     """Make ``model(**batch).loss`` in training CE + weight * target-masked KL to the base model.
@@ -416,6 +417,7 @@ def attach(
             :func:`~mask_the_target.base.resolve_base` found before the adapter's weights moved. ``"cached"``, or
             :class:`~mask_the_target.CachedBase` with its settings: ``"auto"``, with the base's final hidden states
             kept on disk, so that the base pass runs in the first epoch only.
+        cache: what answers the base passes of a ``base`` that is resolved already; ``"cached"`` makes its own.
         full_kl: also measure the full-vocabulary KL at each step, in ``attachment.last.full_kl``.
 
     Returns:
@@ -431,7 +433,8 @@ def attach(
         raise ValueError("TMKL is attached to this model already; call detach(model) first to change its options.")
     choice, cached = cache_of(base)
     resolved = choice if isinstance(choice, Base) else resolve_base(inner, choice, configs=configs)
-    return Attachment(inner, options, resolved, full_kl, None if cached is None else BaseCache(cached, resolved))
+    cache = cache if cached is None else BaseCache(cached, resolved)
+    return Attachment(inner, options, resolved, full_kl, cache)
 
 
 def cache_of(base: Any) -> tuple[Any, CachedBase | None]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from mask_the_target import rows_torch
 from mask_the_target.head import Head, LogitTransform
@@ -182,7 +182,7 @@ def _numbers(transform: LogitTransform) -> tuple[float, float | None]:
 
 # One operator to torch.compile, which traces through it without a graph break: chunks, buffers, the choice of kernels
 # and the compaction of ignored rows (whose number the device alone knows) are its own business.
-@torch.library.custom_op("mask_the_target::linear_rows", mutates_args=())
+@library.custom_op("mask_the_target::linear_rows", mutates_args=())
 def _linear_rows(
     hidden: Tensor,
     weight: Tensor,
@@ -231,8 +231,6 @@ def _linear_rows(
             kept = None
         else:
             hidden, base_hidden, labels = hidden[kept], base_hidden[kept], labels[kept]
-    if base_weight is None:
-        base_hidden = base_hidden.to(hidden.dtype)  # a cache may hold a narrower one
     statistics = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     product = hidden.dtype if hidden.dtype == weight.dtype and hidden.device.type != "cpu" else statistics
     # A CPU without bfloat16 units is a hundred times slower at bfloat16 products than at float32's, and one with them
@@ -254,7 +252,8 @@ def _linear_rows(
         for start in range(0, max(1, len(labels)), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             count = len(labels[chunk])
-            h_a, h_b = hidden[chunk].to(product), base_hidden[chunk].to(product)  # [c, d] each
+            # [c, d] each; a cache may hold the base's in a narrower dtype
+            h_a, h_b = hidden[chunk].to(product), base_hidden[chunk].to(product)
             if other is None:  # one product: the weight is read once for both models
                 x = _logits(torch.cat([h_a, h_b]), own, bias, logits_dtype)  # [2c, V]
                 x_a, x_b = x[:count], x[count:]

@@ -157,11 +157,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     """
     training = settings.training
     output = Path(training.output_dir)
-    data = load_data(settings)
-    settings.model.model_name_or_path = settings.model.model_name_or_path or DEFAULT_MODEL
-    path, config = find_model(settings.model.model_name_or_path, settings.model.model_revision)
-    if "labels" in (data.train.column_names or []) and hasattr(data.train, "__len__"):
-        check_labels(data.train, config.get_text_config().vocab_size, data.name)
+    data, path = _find_data_and_model(settings)
     record = new_record(settings, data)
     resume = _resume(output, training.resume_from_checkpoint, record)
 
@@ -203,6 +199,16 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     return record
 
 
+def _find_data_and_model(settings: Settings) -> tuple[Data, str]:
+    """The data, and where the model lies; checked against each other before its weights are read."""
+    data = load_data(settings)
+    settings.model.model_name_or_path = settings.model.model_name_or_path or DEFAULT_MODEL
+    path, config = find_model(settings.model.model_name_or_path, settings.model.model_revision)
+    if "labels" in (data.train.column_names or []) and hasattr(data.train, "__len__"):
+        check_labels(data.train, config.get_text_config().vocab_size, data.name)
+    return data, path
+
+
 def _build_trainer(settings: Settings, data: Data, path: str, callbacks: list[TrainerCallback]) -> Any:
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
@@ -230,9 +236,7 @@ def fill_cache(settings: Settings) -> str:
     the cache stops growing (its limit, or the disk's).
     """
     settings.tmkl.method, settings.tmkl.base = "tmkl", "cached"
-    data = load_data(settings)
-    settings.model.model_name_or_path = settings.model.model_name_or_path or DEFAULT_MODEL
-    path, _ = find_model(settings.model.model_name_or_path, settings.model.model_revision)
+    data, path = _find_data_and_model(settings)
     trainer = _build_trainer(settings, data, path, [])
     loader = trainer.get_train_dataloader()
     with attach(trainer.model, settings.tmkl.options(), base=settings.tmkl.base_choice()) as attachment:

@@ -19,8 +19,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from mask_the_target.attach import Attachment, Totals, attach, attachment_of, cache_of, unwrap
 from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_base
+from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
-from mask_the_target.cached_base import BaseCache
 from mask_the_target.integrations import trl
 from mask_the_target.objective import IGNORE_INDEX, TMKL
 
@@ -101,11 +101,10 @@ class TMKLCallback(TrainerCallback):
         self._value_known = not (args.fp16 or args.deepspeed) and not any(
             str(getattr(config, "peft_type", "")).endswith("ADALORA") for config in configs.values()
         )
-        self._attachment = attach(model, self.options, base=self._base, full_kl=self.full_kl)
+        cache = None
         if self._cached is not None:
-            self._attachment.cache = BaseCache(
-                self._cached, self._base, supervised_tokens(kwargs["train_dataloader"], args)
-            )
+            cache = BaseCache(self._cached, self._base, supervised_tokens(kwargs["train_dataloader"], args))
+        self._attachment = attach(model, self.options, base=self._base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
         self._factors, self._backpropagated, self._steps = [], 0.0, 0

@@ -152,9 +152,18 @@ def test_inputs_that_cannot_be_cached_run_uncached_after_one_warning(tmp_path: P
             assert float(model(**embedded).loss.detach()) == pytest.approx(expected, rel=1e-6)
     assert not list(tmp_path.iterdir())
 
-    hook = embeddings.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
-    with attach(model, base=CachedBase(folder=tmp_path)), pytest.warns(UserWarning, match="two base passes.*differ"):
-        model(**batch)
+    with attach(model, base=CachedBase(folder=tmp_path)) as attachment:
+        axes = {"input_ids": batch["input_ids"], "position_ids": torch.zeros(3, *batch["input_ids"].shape).long()}
+        answer = torch.randn(2, 16)
+        with pytest.warns(UserWarning, match=r"position_ids \[3, 3, 8\] are not \[batch, sequence\]"):
+            assert attachment.cache.hidden(axes, torch.tensor([1, 2]), lambda inputs: answer) is answer
+    assert not list(tmp_path.iterdir())
+
+    with attach(model, base=CachedBase(folder=tmp_path)):
+        # Switched on after the probe, which refuses a loss that changes by itself.
+        hook = embeddings.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
+        with pytest.warns(UserWarning, match="two base passes.*differ"):
+            model(**batch)
     hook.remove()
     assert not list(tmp_path.iterdir())
 

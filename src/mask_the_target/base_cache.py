@@ -119,7 +119,10 @@ class BaseCache:
             return "the batch holds no input_ids (embeddings are given instead)"
         if isinstance(mask, Tensor) and mask.dim() != 2:
             return f"the attention mask {list(mask.shape)} is not [batch, sequence]"
-        known = _KEYED | (_PACKING if inputs.get("position_ids") is not None else set())
+        positions = inputs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() != 2:  # as those of multimodal models, for each axis
+            return f"position_ids {list(positions.shape)} are not [batch, sequence]"
+        known = _KEYED | (_PACKING if positions is not None else set())
         other = [name for name, value in inputs.items() if name not in known and not _is_flag(value)]
         if other:
             return f"the base depends on more than token ids: the batch holds {', '.join(map(repr, other))}"
@@ -131,8 +134,11 @@ class BaseCache:
         """Open the store of this base; the reason against it, where there is one."""
         model, device = self._base.model, inputs["input_ids"].device
         hidden = compute(inputs)
-        if not _same(hidden, compute(inputs)):
-            return "two base passes over the same batch differ (noise on embeddings, or dropout in eval mode)"
+        if not torch.equal(hidden, compute(inputs)):
+            return (
+                "two base passes over the same batch differ (noise on embeddings, dropout in eval mode, or kernels "
+                "that add up in another order each time)"
+            )
         self._autocast = _autocast(device)
         dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else hidden.dtype
         without = set() if self._base.kind == "initial" else {id(p) for p in adapter_parameters(model)}
@@ -156,8 +162,8 @@ class BaseCache:
     ) -> bool | None:
         """Whether the last document of each row stays as it is when other tokens stand in those before it.
 
-        Same shapes, so same kernels: equal to rounding if the model keeps packed documents apart. None if this batch
-        can't tell.
+        Same shapes, so same kernels: equal bit for bit if the model keeps packed documents apart. Less would not do, as
+        a little of one long document's company is much of a short one's. None if this batch can't tell.
         """
         length = restarts.shape[1]
         position = torch.arange(length, device=restarts.device)
@@ -171,7 +177,7 @@ class BaseCache:
         other = torch.where(before, ids.roll(1, 1).flip(1), ids)
         if torch.equal(other, ids):
             return None
-        return _same(compute(inputs)[rows], compute({**inputs, "input_ids": other})[rows])
+        return torch.equal(compute(inputs)[rows], compute({**inputs, "input_ids": other})[rows])
 
     def _stop(self, reason: str) -> None:
         self._off = reason
@@ -181,12 +187,6 @@ class BaseCache:
             "Use base='auto' to say so from the start.",
             stacklevel=2,
         )
-
-
-def _same(own: Tensor, other: Tensor) -> bool:
-    """Equal but for the order in which some kernels add up; noise and other documents change far more than that."""
-    difference = (own.double() - other.double()).norm()
-    return bool(difference <= max(1e-5, torch.finfo(own.dtype).eps) * own.double().norm())
 
 
 def _is_flag(value: Any) -> bool:
@@ -200,7 +200,7 @@ def _autocast(device: torch.device) -> str:
 def _restarts(inputs: Mapping[str, Any]) -> Tensor | None:
     """``[B, T]``: where a document starts inside a row; None where no row holds more than one."""
     positions = inputs.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
+    if not isinstance(positions, Tensor):
         return None
     restarts = torch.zeros_like(positions, dtype=torch.bool)
     restarts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
