@@ -345,7 +345,7 @@ def test_edge_rows(data: st.DataObject, v: int, options: TMKL) -> None:
 
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=name)
 def test_the_linear_form_computes_with_it(options: TMKL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_row_kernel", lambda device: rows_triton.compute_rows)
+    monkeypatch.setattr(linear, "row_kernel", lambda device: rows_triton.compute_rows)
     monkeypatch.setattr(rows_torch, "compute_rows", None)  # so that nothing else can have computed it
     g = torch.Generator().manual_seed(0)
     hidden, base_hidden = torch.randn(5, 6, generator=g), torch.randn(5, 6, generator=g)

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask_the_target.base import Base, BaseChoice, resolve_base
+from mask_the_target.adapted_head import adapted_head_rows
+from mask_the_target.base import Base, BaseChoice, require_pass_through, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
 from mask_the_target.head import (
@@ -198,6 +199,10 @@ class Attachment:
 
     def _probe_base(self) -> tuple[HeadTap, Probed]:
         if self.base.model is self.model:
+            if self.base.kind == "off":
+                inputs = probe_inputs(self.model, self._previous, self._tap.head().weight.shape[0])
+                with torch.no_grad(), evaluating(self.model), self.base.context():
+                    require_pass_through(self.model, lambda: self._previous(**inputs))
             return self._tap, self._probed
         tap = HeadTap(self.base.model)
         try:
@@ -357,16 +362,26 @@ class Attachment:
                     "(virtual tokens, logits_to_keep)."
                 )
             index = supervised.to(hidden.device)
-            rows = linear_rows(
-                hidden.flatten(0, -2)[index],
-                base_hidden.to(hidden.device),
-                self._tap.head(self._probed.transform),
-                targets.reshape(-1).to(hidden.device)[index],
-                self.options,
-                base_head=None if base_head is None else _on(base_head, hidden.device),
-                full_kl=self.full_kl,
-                token_statistics=token_statistics,
-            )
+            arguments = (hidden.flatten(0, -2)[index], base_hidden.to(hidden.device))
+            labels = targets.reshape(-1).to(hidden.device)[index]
+            asked: dict[str, Any] = {"full_kl": self.full_kl, "token_statistics": token_statistics}
+            head = self._tap.head(self._probed.transform)
+            if self._tap.adapted or self._base_tap.adapted:
+                rows = adapted_head_rows(
+                    *arguments,
+                    self._tap.forward,
+                    self._run_base_head,
+                    labels,
+                    self.options,
+                    parameters=[p for p in self.model.parameters() if p.requires_grad],
+                    vocabulary=len(head.weight),
+                    transform=self._probed.transform,
+                    base_transform=self._base_probed.transform,
+                    **asked,
+                )
+            else:
+                other = None if base_head is None else _on(base_head, hidden.device)
+                rows = linear_rows(*arguments, head, labels, self.options, base_head=other, **asked)
             left.append(_Adapted(rows, index))
             if self.keep_logits:
                 with torch.no_grad():
@@ -376,6 +391,12 @@ class Attachment:
         prefix = self._shared()
         with nullcontext() if prefix is None else prefix.reusing(kwargs):
             return self._tap.run(self._previous, kwargs, lose), left[0]
+
+    def _run_base_head(self, hidden: Tensor) -> Tensor:
+        """The base's own head on its hidden states, ``[n, d] -> [n, V]``, before the transform."""
+        tap = self._base_tap
+        with evaluating(tap.module), self.base.context():
+            return tap.forward(hidden.to(tap.head().weight.device)).to(hidden.device)
 
     def _record(self, rows: Rows, loss: Tensor, items: Tensor, count: Tensor) -> None:
         ce, kl = rows.ce.sum(), rows.kl.sum()

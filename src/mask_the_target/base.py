@@ -7,6 +7,7 @@ anchored to such a "base" pulls towards the wrong model without a word, so each 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from mask_the_target.head import layer_below
+from mask_the_target.proof import off_is_base
+
 BaseChoice = Literal["auto", "off", "initial"]
 
 # LoRA initialisations that put the adapter's start into the base weights with a minus sign: W' = W - s B0 A0. With the
 # adapter off the model is W', not W; with the *initial* adapter on it is W, to rounding.
 _SUBTRACTING_INITS = ("pissa", "olora", "corda", "lora_ga")
+# Its start comes from a pass over data, which a toy can't repeat; it leaves the base weights alone.
+_FROM_DATA = ("eva",)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,23 @@ def resolve_base(
                 f"adapter {name!r} is prompt learning ({_peft_type(config)}): it adds virtual tokens in front of the "
                 "sequence, so base and adapted model don't see the same positions. Use LoRA or another weight adapter."
             )
+        if _peft_type(config) == "SHADOW":
+            raise ValueError(
+                f"adapter {name!r} is a SHADOW: it runs a second network through PEFT's wrapper around the model, and "
+                "a base pass inside the model can't leave it out. Use LoRA or another weight adapter."
+            )
+        if getattr(config, "layer_replication", None) and not isinstance(base, nn.Module):
+            raise ValueError(
+                f"adapter {name!r} has layer_replication, which builds a deeper model from copies of the base's "
+                "layers: with the adapter off it is not the base. Pass a separately loaded model as base=."
+            )
     layers = adapter_layers(model)
+    if configs and not layers:
+        name, config = next(iter(configs.items()))
+        raise ValueError(
+            f"adapter {name!r} ({_peft_type(config)}) has no layer that could be turned off to reach the base. Use "
+            "LoRA or another adapter of weights."
+        )
     _require_adapter(model, layers)
     if isinstance(base, nn.Module):
         return _separate(model, base)
@@ -123,7 +145,62 @@ def resolve_base(
             _require_active(name, _init(configs[name]), layers)
             _require_untrained(name, _init(configs[name]), layers)
         return Base("initial", model, _initial_adapters(model))
+    for name, config in configs.items():
+        _prove_off(name, config, layers)
     return Base("off", model, lambda: adapters_off(model))
+
+
+def _prove_off(name: str, config: Any, layers: list[Any]) -> None:
+    """Refuse an adapter that, turned off, is not the base; warn where a toy can't tell."""
+    if _init(config) in _FROM_DATA:
+        return
+    layers = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    try:
+        failure = off_is_base(config, layers, adapters_off)
+    except Exception as error:  # of PEFT, of any kind: this config makes no adapter on the toy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"adapter {name!r} ({_peft_type(config)}): that the model with it turned off is the base could not be "
+            f"proved, since no small model takes its config ({reason}). If it rewrites base weights, pass a separately "
+            "loaded model as base=.",
+            stacklevel=2,
+        )
+        return
+    if failure is not None:
+        raise ValueError(
+            f"adapter {name!r} ({_peft_type(config)}) turned off does not give the base back: on a small model with "
+            f"the same config {failure}. It rewrites what it stands on, so pass a separately loaded model as base=; or "
+            "base='initial', if the adapter has just been made and starts as the identity."
+        )
+
+
+def require_pass_through(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Refuse adapter layers that, turned off, give something else than the layer below: ValueError, naming the first.
+
+    Args:
+        model: the model.
+        run: one of its forwards with the adapters off.
+    """
+    failed: list[str] = []
+    names = {layer: name for name, layer in model.named_modules()}
+
+    def compare(layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        below: Any = layer_below(layer)
+        if isinstance(output, Tensor) and not torch.equal(output, below(*args, **kwargs)):
+            failed.append(f"{names[layer]} ({type(layer).__name__})")
+
+    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in adapter_layers(model)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if failed:
+        raise ValueError(
+            f"{len(failed)} adapter layers, turned off, don't give what the layers below them give ({failed[0]} "
+            "first): the base can't be reached through them. Use another adapter, or pass a separately loaded model "
+            "as base=."
+        )
 
 
 def _init(config: Any) -> str:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
@@ -50,6 +52,7 @@ class HeadTap:
 
     def __init__(self, model: nn.Module) -> None:
         self.module: Any = find_head(model)
+        self.adapted = isinstance(self.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         self._handler: Callable[[Tensor], Tensor] | None = None
         self._calls = 0
         self._original = self.module.__dict__.get("forward")  # an instance attribute, where another tool set one
@@ -85,8 +88,12 @@ class HeadTap:
         return output
 
     def head(self, transform: LogitTransform = LogitTransform()) -> Head:
-        """Weight and bias as they are now, which inside a call are gathered and on the right device."""
-        return Head(self.module.weight, getattr(self.module, "bias", None), transform)
+        """Weight and bias as they are now, which inside a call are gathered and on the right device.
+
+        Of an adapted head, the base's: what its own forward computes is more.
+        """
+        linear = base_layer(self.module)
+        return Head(linear.weight, getattr(linear, "bias", None), transform)
 
     def remove(self) -> None:
         """Give the head its own forward back. Where another tool wrapped ours since, ours stays and passes on."""
@@ -109,14 +116,11 @@ def narrow(hidden: Tensor) -> Tensor:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """The module whose ``weight [V, d]`` maps final hidden states to logits.
+    """The module whose ``weight [V, d]`` maps final hidden states to logits, or PEFT's layer around it.
 
     Raises:
-        ValueError: if the model has none, or if it carries an adapter of its own.
+        ValueError: if the model has none.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     getter: Any = getattr(model, "get_output_embeddings", None)
     head: Any = getter() if getter is not None else None
     if head is None:
@@ -124,18 +128,25 @@ def find_head(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no head (get_output_embeddings() gives None), so it predicts no next token. "
             "Load it as a causal LM, for example with AutoModelForCausalLM."
         )
-    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    linear = base_layer(head)
+    if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
         raise ValueError(
-            f"the head of {type(model).__name__} is adapted itself ({type(head).__name__}), so adapted and base model "
-            "don't share one head, which is not supported yet. Take the head out of target_modules, modules_to_save "
-            "and trainable_token_indices."
-        )
-    if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
-        raise ValueError(
-            f"the head of {type(model).__name__} is a {type(head).__name__} without a [vocabulary, hidden] weight; "
+            f"the head of {type(model).__name__} is a {type(linear).__name__} without a [vocabulary, hidden] weight; "
             "only linear heads are supported. A sharded model must be attached to before it is wrapped."
         )
     return head
+
+
+def base_layer(module: Any) -> Any:
+    """What PEFT's layers and wrappers stand around, or ``module`` itself."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = layer_below(module)
+    return module
+
+
+def layer_below(layer: Any) -> Any:
+    """The module that a tuner layer or a wrapper of PEFT passes on to when it is off."""
+    return layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
 
 
 def text_config(model: nn.Module) -> Any:
@@ -204,7 +215,7 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
     grid = torch.linspace(-40, 40, vocabulary, dtype=torch.float32, device=weight.device)
     grid[0], grid[1] = _FAR, _NEAR
     with torch.no_grad(), evaluating(model):
-        own = tap.run(forward, inputs, keep)
+        own = _on_text(name, lambda: tap.run(forward, inputs, keep))
         shown = tap.run(forward, inputs, lambda hidden: grid.expand(*hidden.shape[:-1], vocabulary).clone())
         try:
             tap.run(forward, inputs, narrow)
@@ -225,7 +236,10 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
                 "a head stored in another layout (packed, quantised) is not supported."
             )
         transform = _fit_transform(name, grid, shown.logits)
-        expected = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        if tap.adapted:
+            expected = output.float()
+        else:
+            expected = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
         expected = transform(expected)
         # Logits may be float32 in name only: autocast casts them up after the head.
         tolerance = _tolerance(own.logits, output, hidden, weight)
@@ -260,6 +274,20 @@ def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
     return transform
 
 
+_AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def _on_text(name: str, run: Callable[[], Any]) -> Any:
+    """``run()`` on the probe. Models that need images or sound, or that an adapter has broken, have each its error."""
+    try:
+        return run()
+    except Exception as error:
+        raise ValueError(
+            f"{name}'s forward fails on a probe of eight text tokens ({type(error).__name__}: {error}), so its logits "
+            "and its loss can't be proved. Only models that can be run on text alone are supported."
+        ) from error
+
+
 def _prove_loss(
     model: nn.Module, name: str, forward: Callable[..., Any], inputs: Mapping[str, Any], logits: Tensor
 ) -> float:
@@ -269,11 +297,18 @@ def _prove_loss(
     config = text_config(model)
     if hasattr(config, "output_router_logits") and accepted(forward, "output_router_logits"):
         with_loss["output_router_logits"] = True
-    own = forward(**with_loss)
+    own = _on_text(name, lambda: forward(**with_loss))
     loss = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)))
     aux, coefficient = getattr(own, "aux_loss", None), 0.0
     if isinstance(aux, Tensor):
-        coefficient = float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+        # Too small for the comparison below to notice, so it must be known.
+        found = [float(getattr(o, n)) for o in (model, config) for n in _AUX_COEFFICIENTS if hasattr(o, n)]
+        if not found:
+            raise ValueError(
+                f"{name} returns an auxiliary loss of its router, but neither it nor its config has its factor "
+                f"({' or '.join(_AUX_COEFFICIENTS)}), so it can't be added to the loss. This model is not supported."
+            )
+        coefficient = found[0]
         loss += coefficient * float(aux)
     if abs(float(own.loss) - loss) > 0.01 * max(0.1, abs(loss)):
         raise ValueError(

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,7 @@ from mask_the_target.objective import (
     check_rows,
     reduce_rows,
 )
-from mask_the_target.rows_torch import Rows
+from mask_the_target.rows_torch import Rows, join_rows
 
 # One model's logits of a chunk. On a CPU both models' together are 32 MiB, the most that glibc gives from memory that
 # it holds already: 0.97 of the three products alone, against 1.03 to 1.17 with 2 to 4 times as much, whose pages are
@@ -242,10 +241,9 @@ def _linear_rows(
     d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=statistics, device=hidden.device)
     d_bias = torch.zeros(len(weight) if need_bias else 0, dtype=statistics, device=hidden.device)
     with_gradient = need_hidden or need_weight or need_bias
-    bytes_of_chunk = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_ELSEWHERE)
-    chunk_tokens = chunk_tokens or max(_FEWEST_ROWS, bytes_of_chunk // logits_dtype.itemsize // len(weight))
+    chunk_tokens = chunk_tokens or rows_of_chunk(hidden.device.type, logits_dtype.itemsize, len(weight))
     blocks: list[Rows] = []
-    compute_rows = _row_kernel(hidden.device.type)
+    compute_rows = row_kernel(hidden.device.type)
     # Autocast would send the products to bfloat16 logits; their dtype is chosen here.
     with torch.autocast(hidden.device.type, enabled=False), _matrix_units(hidden.dtype, weight.dtype):
         # One pass over an empty batch, so that the results have their dtype.
@@ -285,7 +283,7 @@ def _linear_rows(
                 d_bias += gradient.sum(0, dtype=statistics)
             del x_a, x_b, gradient  # freed before the next chunk's are made
     empty = torch.empty(0, dtype=statistics, device=hidden.device)
-    results = [_joined([getattr(block, field.name) for block in blocks], empty) for field in fields(Rows)]
+    results = [empty.clone() if column is None else column for column in join_rows(blocks)]
     if kept is not None:
         wanted = [True] * 4 + [full_kl, token_statistics, token_statistics]
         results = [
@@ -338,12 +336,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     # A fresh tensor: callers may write into it.
     d_hidden = (d_hidden * row[:, None]).to(d_hidden.dtype) if need_hidden else None
     if need_weight or need_bias:
-        factor = row[:1].sum()  # 0 for an empty batch
-        if not torch.equal(row, factor.expand_as(row)):
-            raise ValueError(
-                "the rows' losses were weighted one by one, which needs a frozen head: a trainable head's gradient "
-                "is summed over the rows in the forward. Freeze the head, or reduce the rows by a plain sum."
-            )
+        factor = one_factor(row)
         d_weight = (d_weight * factor).to(ctx.dtypes[0]) if need_weight else None
         d_bias = (d_bias * factor).to(ctx.dtypes[1]) if need_bias else None
     return (d_hidden, d_weight if need_weight else None, d_bias if need_bias else None, *nothing)
@@ -352,8 +345,24 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 _linear_rows.register_autograd(_backward, setup_context=_keep_gradients)
 
 
+def one_factor(row: Tensor) -> Tensor:
+    """The factor that all rows share, a scalar; 0 for an empty batch. Raises ValueError where they differ."""
+    factor = row[:1].sum()
+    if not torch.equal(row, factor.expand_as(row)):
+        raise ValueError(
+            "the rows' losses were weighted one by one, which needs a frozen head: a trainable head's gradient "
+            "is summed over the rows in the forward. Freeze the head, or reduce the rows by a plain sum."
+        )
+    return factor
+
+
+def rows_of_chunk(device: str, itemsize: int, vocabulary: int) -> int:
+    """Rows of logits, of ``itemsize`` bytes each, that are alive at a time."""
+    return max(_FEWEST_ROWS, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // itemsize // vocabulary)
+
+
 @functools.cache
-def _row_kernel(device: str) -> Callable[..., Rows]:
+def row_kernel(device: str) -> Callable[..., Rows]:
     """Triton's on GPUs that have it, else PyTorch's."""
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
         from mask_the_target import rows_triton
@@ -392,11 +401,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
         return F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)).to(dtype)
     logits = torch.mm(hidden, weight.t(), out_dtype=dtype)
     return logits if bias is None else logits.add_(bias)
-
-
-def _joined(blocks: list[Tensor | None], empty: Tensor) -> Tensor:
-    tensors = [block for block in blocks if block is not None]
-    return torch.cat(tensors) if tensors else empty.clone()
 
 
 def _spread(values: Tensor, index: Tensor, length: int) -> Tensor:

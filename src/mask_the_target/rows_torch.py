@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -103,9 +103,15 @@ def compute_rows(
     for start in range(0, max(1, len(labels)), step):
         rows = slice(start, start + step)
         target = None if gradient is None else gradient[rows]
-        blocks.append(_rows(x_a[rows], x_b[rows], labels[rows], weight, settings, target))
-    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
+        blocks.append(Rows(*_rows(x_a[rows], x_b[rows], labels[rows], weight, settings, target)))
+    columns: list[Any] = join_rows(blocks)
     return Rows(*columns)
+
+
+def join_rows(blocks: list[Rows]) -> list[Tensor | None]:
+    """The columns of :class:`Rows`, in their order, over all ``blocks``."""
+    columns = [[getattr(block, field.name) for block in blocks] for field in fields(Rows)]
+    return [None if column[0] is None else torch.cat(column) for column in columns]
 
 
 class _Settings(NamedTuple):

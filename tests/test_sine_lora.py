@@ -1,0 +1,97 @@
+"""SineLoRA against its formula, and through PEFT's life: saved, loaded, toggled, refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mask_the_target.base import adapters_off
+from mask_the_target.sine_lora import SineLoraConfig
+
+
+def make_base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def train_a_little(model: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+
+
+def test_layer_computes_the_formula_and_its_gradients_in_float64() -> None:
+    base = make_base().double()
+    model = get_peft_model(base, SineLoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
+    layer = base.model.layers[0].self_attn.q_proj
+    train_a_little(model)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    w, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = (p.data.double().requires_grad_() for p in (a, b))
+    layer.double()
+    expected = x @ w.t() + 5 / 3 * torch.sin(x @ a.t()) @ b.t()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    factor = torch.randn_like(expected)
+    own = torch.autograd.grad(
+        (layer(x) * factor).sum(), list(layer.lora_A.parameters()) + list(layer.lora_B.parameters())
+    )
+    other = torch.autograd.grad((expected * factor).sum(), [a, b])
+    for grad, wanted in zip(own, other, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_saves_loads_and_toggles_as_any_other(tmp_path) -> None:
+    base = make_base()
+    ids = torch.arange(10).reshape(1, 10)
+    before = base(ids).logits
+    untouched = copy.deepcopy(base)
+    model = get_peft_model(base, SineLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert torch.equal(model(ids).logits, before)  # B starts at 0
+    train_a_little(model)
+    adapted = model(ids).logits
+    assert not torch.allclose(adapted, before)
+    with adapters_off(base):
+        assert torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SINELORA"
+    loaded = PeftModel.from_pretrained(untouched, tmp_path)
+    assert torch.equal(loaded(ids).logits, adapted)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(ids).logits, before)
+
+
+def test_an_installation_without_it_fails_and_never_takes_it_for_lora(tmp_path) -> None:
+    get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode != 0
+    assert "SINELORA" in found.stderr
+
+
+def test_merging_and_meaningless_combinations_are_refused() -> None:
+    model = get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="can't be merged"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="'pissa' is made for the product B A"):
+        SineLoraConfig(init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="another variant of LoRA, and DoraLinearVariant is on"):
+        get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="'embed_tokens' is a Embedding"):
+        get_peft_model(make_base(), SineLoraConfig(target_modules=["embed_tokens"]))
