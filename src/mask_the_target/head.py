@@ -293,11 +293,14 @@ def _prove_loss(
 ) -> float:
     """The factor of the auxiliary loss, after checking that CE plus it is the loss the model itself returns."""
     labels = inputs["input_ids"]
-    with_loss = dict(inputs, labels=labels)
+    with_loss, router = dict(inputs, labels=labels), {}
     config = text_config(model)
     if hasattr(config, "output_router_logits") and accepted(forward, "output_router_logits"):
-        with_loss["output_router_logits"] = True
-    own = _on_text(name, lambda: forward(**with_loss))
+        router["output_router_logits"] = True
+    try:
+        own = forward(**with_loss, **router)
+    except Exception:  # of some routers there is nothing to show; then it trains as it is configured, or not at all
+        own = _on_text(name, lambda: forward(**with_loss))
     loss = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)))
     aux, coefficient = getattr(own, "aux_loss", None), 0.0
     if isinstance(aux, Tensor):

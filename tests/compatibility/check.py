@@ -98,6 +98,8 @@ def _check(
         if not aux_coefficient:
             return expected
         aux = attachment._previous(**_inputs(data)).aux_loss
+        if aux is None:  # asked for its router's logits, the model makes no loss of them
+            return expected
         return dataclasses.replace(expected, loss=expected.loss + aux_coefficient * aux)
 
     try:
@@ -127,7 +129,8 @@ def _check(
         # One step's loss and gradients, with an adapter that has moved.
         move(model, moved)
         expected = reference(options)
-        _require(float(expected.kl) > 1e-7, f"the moved adapter has no effect (KL {float(expected.kl):.3g})")
+        if not float(expected.kl) > 1e-7:
+            return Outcome(name, "not built", "the moved adapter has no effect here, in the two-model reference either")
         wanted = gradients(expected.loss, model)
         plain = gradients(reference(TMKL(weight=0)).loss, model)
         if not any(gradient.any() for gradient in wanted.values()):

@@ -164,7 +164,8 @@ def _from_data(init: str) -> Callable[[nn.Module], tuple[nn.Module, Any]]:
             from peft.tuners.lora.corda import preprocess_corda
 
             config = make_config("LORA", init_lora_weights="corda", corda_config=CordaConfig())
-            preprocess_corda(base, config, run_model=lambda: [base(**rows) for rows in data])
+            single = [batch(rows=1, seed=seed, vocabulary=96) for seed in range(8)]  # it takes a batch of one
+            preprocess_corda(base, config, run_model=lambda: [base(**row) for row in single])
             model = peft.get_peft_model(base, config)
         else:
             from peft.tuners.lora import preprocess_loraga
