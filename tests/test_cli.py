@@ -63,7 +63,8 @@ def test_exit_codes() -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == "mtt: unknown command 'trian'; commands are: train, cache, eval, demo.\n"
+    commands = "train, cache, eval, demo, diagnostic"
+    assert capsys.readouterr().err == f"mtt: unknown command 'trian'; commands are: {commands}.\n"
     assert main([]) == 2
     assert main(["--version"]) == 0
     with pytest.raises(SystemExit) as left:

@@ -22,6 +22,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt train CONFIG.yaml              train an adapter; a TRL user's SFT config works as it is
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
+  mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
 """
@@ -43,6 +44,12 @@ def _cache(argv: Sequence[str]) -> int:
 
 def _demo(argv: Sequence[str]) -> int:
     from mask_the_target.front.demo import main
+
+    return main(argv)
+
+
+def _diagnostic(argv: Sequence[str]) -> int:
+    from mask_the_target.front.diagnostic import main
 
     return main(argv)
 
@@ -160,6 +167,8 @@ def check_adapter(folder: Path, config: Any) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForCausalLM
 
+    import mask_the_target.sine_lora  # noqa: F401  PEFT then knows it
+
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it has no adapter_config.json.")
     weights = folder / "adapter_model.safetensors"
@@ -190,6 +199,10 @@ def check_adapter(folder: Path, config: Any) -> None:
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
     adapter.inference_mode = True
+    ranks, kept = getattr(adapter, "rank_pattern", None), {}
+    if kind == "ADALORA" and ranks:  # a list of what was kept of each rank; there is nothing to index without memory
+        kept = {f"base_model.model.{name.removesuffix('.lora_E')}.": sum(which) for name, which in ranks.items()}
+        adapter.rank_pattern = None
     try:
         with torch.device("meta"):
             model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
@@ -198,6 +211,10 @@ def check_adapter(folder: Path, config: Any) -> None:
             f"{folder} doesn't fit this {type(config).__name__.removesuffix('Config')}: {error}"
         ) from error
     expected = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    for name, shape in expected.items():
+        module, _, factor = name.rpartition("lora_")
+        if module in kept:
+            expected[name] = (shape[0], kept[module]) if factor == "B" else (kept[module], shape[1])
     base = {n: tuple(t.shape) for n, t in model.get_base_model().state_dict().items()}  # for saved embeddings
     for name in [*expected, *(name for name in found if name not in expected)]:
         module = name.removeprefix("base_model.model.")
@@ -213,7 +230,13 @@ def check_adapter(folder: Path, config: Any) -> None:
         raise ValueError(f"{folder} doesn't fit the model: {reason}.")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "cache": _cache, "eval": _eval, "demo": _demo}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "cache": _cache,
+    "eval": _eval,
+    "demo": _demo,
+    "diagnostic": _diagnostic,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

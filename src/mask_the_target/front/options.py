@@ -13,6 +13,7 @@ import torch
 
 from mask_the_target import TMKL, CachedBase
 from mask_the_target.base import BaseChoice
+from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name
 
 
 @dataclass
@@ -48,6 +49,17 @@ class TMKLArguments:
     cache_limit_gib: float = field(default=50.0, metadata={"help": "The most that they may take, in GiB."})
     cache_dtype: Literal["model", "bfloat16"] = field(
         default="model", metadata={"help": "model: hidden states as they are. bfloat16: rounded, half of float32."}
+    )
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": f"One of {', '.join(ADAPTERS)}, with the settings of the paper: lora_r 64, lora_alpha 2r, "
+            "lora_dropout 0.05, all linear layers; options that are given win. vera: projections of rank 4r, no alpha. "
+            "randlora: 8 bases of rank r/8. pissa: saved as plain LoRA of rank 2r. adalora: 1.5r pruned to r; the "
+            "paper's 200 steps before and 1000 after pruning are at most a tenth and a half of the run; its "
+            "orthogonality penalty acts on the gradients and is not in the logged loss. Default: TRL's LoRA options."
+        },
     )
 
     def base_choice(self) -> BaseChoice | CachedBase:
@@ -105,17 +117,18 @@ def parse(argv: Sequence[str]) -> Settings:
         allow_abbrev=False,
     )
     parser.set_defaults(use_peft=True, lora_target_modules=["all-linear"], use_cpu=not torch.accelerator.is_available())
-    config = None
+    config, given = None, _check_flags(parser, args)
     if "--config" in args:
         position = args.index("--config") + 1
         if position >= len(args):
             raise ValueError("--config needs the path of a YAML file.")
         config = args[position]
-        _check_config(parser, config)
-    _check_flags(parser, args)
+        given |= _check_config(parser, config)
     script, training, model, mixture, tmkl = parser.parse_args_and_config(args)
     settings = Settings(script, training, model, mixture, tmkl, config)
     _check_settings(settings)
+    if tmkl.adapter is not None:
+        _settle_adapter(settings, tmkl.adapter, given)
     return settings
 
 
@@ -125,16 +138,24 @@ def _unknown(name: str, known: Sequence[str], where: str) -> ValueError:
     return ValueError(f"Unknown option {name!r} {where}. {hint}")
 
 
-def _check_flags(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
-    known = list(parser._option_string_actions)
+def _check_flags(parser: argparse.ArgumentParser, args: Sequence[str]) -> set[str]:
+    """The names of the options that are given on the command line."""
+    known = parser._option_string_actions
+    given = set()
     for argument in args:
         flag = argument.split("=", 1)[0]
-        if flag.startswith("--") and flag not in known and flag != "--config":
-            raise _unknown(flag, known, "on the command line")
+        if flag in known:
+            given.add(known[flag].dest)
+        elif flag.startswith("--") and flag != "--config":
+            raise _unknown(flag, list(known), "on the command line")
+    return given
 
 
-def _check_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """The parser takes a YAML file's values as they are; here each is checked like one from the command line."""
+def _check_config(parser: argparse.ArgumentParser, path: str) -> set[str]:
+    """The names of the options that a YAML file gives.
+
+    The parser takes its values as they are; here each is checked like one from the command line.
+    """
     import yaml
 
     if not Path(path).is_file():
@@ -153,6 +174,7 @@ def _check_config(parser: argparse.ArgumentParser, path: str) -> None:
             raise _unknown(str(key), list(actions), f"in {path}")
         if value is not None and not isinstance(value, (list, dict)):
             _check_value(actions[key], value, f"{path}: {key}")
+    return {key for key, value in config.items() if value is not None}
 
 
 def _check_value(action: argparse.Action, value: Any, where: str) -> None:
@@ -196,3 +218,39 @@ def _check_settings(settings: Settings) -> None:
             "No data given. Set dataset_name to a local .jsonl, .json, .csv or .parquet file, a folder, a data set's "
             "name, or 'recipe:NAME' (recipe:arpabet, for one)."
         )
+
+
+def _settle_adapter(settings: Settings, name: str, given: set[str]) -> None:
+    """Refuse what the named adapter can't do, and write the paper's settings where the user gave no others."""
+    model, training = settings.model, settings.training
+    check_name(name)
+    for option, other in (("use_dora", "dora"), ("use_rslora", "rslora")):
+        if getattr(model, option):
+            raise ValueError(
+                f"adapter is {name!r}, and {option} is true, which chooses an adapter too. Remove {option}"
+                + (f", or set adapter: {other}." if name != other else ".")
+            )
+    if name == "vera" and "lora_alpha" in given:
+        raise ValueError("VeRA has no alpha: its trained vectors are its scale. Remove lora_alpha.")
+    if model.lora_target_parameters is not None and name in ("adalora", "vera", "randlora", "sinelora"):
+        raise ValueError(f"{name} adapts modules, not single parameters. Remove lora_target_parameters.")
+    if name == "pissa" and (model.load_in_4bit or model.load_in_8bit):
+        raise ValueError("PiSSA decomposes the base's weights, which must not be quantised. Remove load_in_4bit/8bit.")
+    if name == "pissa" and settings.tmkl.base == "off":
+        raise ValueError(
+            "PiSSA moves a part of the base's weights into the adapter: with it off, the model is not the base. "
+            "Leave base at auto."
+        )
+    if name == "pissa" and training.push_to_hub:
+        raise ValueError(
+            "push_to_hub would publish PiSSA's adapter before it is converted to plain LoRA, and that one doesn't fit "
+            "the base. Remove it, and upload the output folder when the run is complete."
+        )
+    if name == "adalora" and training.fp16:
+        raise ValueError("AdaLoRA reads the gradients at each step, and fp16 scales them. Use bf16.")
+    if "lora_r" not in given:
+        model.lora_r = RANK
+    if "lora_alpha" not in given:
+        model.lora_alpha = 2 * model.lora_r
+    if "lora_dropout" not in given:
+        model.lora_dropout = DROPOUT

@@ -50,7 +50,9 @@ def _method(arguments: Any) -> dict[str, Any]:
     """The objective alone: where hidden states are kept doesn't change it, so a run may go on with or without."""
     if arguments.method != "tmkl":
         return {"method": "ce"}
-    fields = {name: value for name, value in asdict(arguments).items() if not name.startswith("cache_")}
+    fields = {
+        name: value for name, value in asdict(arguments).items() if name != "adapter" and not name.startswith("cache_")
+    }
     return fields | {"base": "auto" if arguments.base == "cached" else arguments.base}
 
 
@@ -63,6 +65,7 @@ def new_record(settings: Settings, data: Data) -> dict[str, Any]:
         "data": {"name": data.name, "fingerprint": data.fingerprint, "split": settings.script.dataset_train_split},
         "method": _method(method),
         "seed": training.seed,
+        "adapter": method.adapter,  # None: TRL's LoRA options
         "lora": {key: value for key, value in asdict(model).items() if key.startswith(("lora_", "use_"))},
         "options": {
             "training": training.to_dict(),  # hides tokens
@@ -73,6 +76,7 @@ def new_record(settings: Settings, data: Data) -> dict[str, Any]:
         "device": str(training.device),
         "seconds": 0.0,
         "supervision": {},
+        "adapter_settings": {},
         "metrics": {},
         "log_history": [],
     }
@@ -95,12 +99,12 @@ pipeline_tag: text-generation
 tags: [lora, peft, trl, tmkl]
 {hub}---
 
-# LoRA adapter for `{base}`, trained with {name}
+# {title} for `{base}`, trained with {name}
 
 - Base model: `{base}`
 - Data: `{data[name]}` ({data[fingerprint]}), split {data[split]}
 - Method: {method}
-- LoRA: rank {lora[lora_r]}, alpha {lora[lora_alpha]}, dropout {lora[lora_dropout]}, modules {lora[lora_target_modules]}
+- {adapter}
 - Steps: {steps}, seed {seed}{figures}
 - Versions: {versions}
 
@@ -112,7 +116,7 @@ All options are in `run.json`.
 
 ## Use
 
-A plain PEFT adapter; nothing else is needed to load it:
+{needs}
 
 ```python
 from peft import PeftModel
@@ -139,6 +143,8 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
             "from mask_the_target.front.backbones import resolve_model\n\n"
             f"base = AutoModelForCausalLM.from_pretrained(resolve_model({base!r}))"
         )
+    if record.get("adapter") == "sinelora":
+        load = "import mask_the_target.sine_lora\n" + load
     if record["method"]["method"] == "tmkl":
         name, source = "target-masked KL (TMKL)", f"Method: Xu, Garg, Saratchandran, Lucey, {PAPER}, {LINK}."
     else:
@@ -151,7 +157,7 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
         name=name,
         data=record["data"],
         method=name + (f" with {options}" if options else ""),
-        lora=record["lora"],
+        **_adapter_lines(record),
         steps=record["steps"],
         seed=record["seed"],
         figures=f"; last logged: {figures}" if figures else "",
@@ -160,6 +166,21 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
         load=load,
         source=source,
     )
+
+
+def _adapter_lines(record: Mapping[str, Any]) -> dict[str, str]:
+    name, lora = record.get("adapter"), record["lora"]
+    needs = "A plain PEFT adapter; nothing else is needed to load it:"
+    if name is None:
+        values = {key: lora[f"lora_{key}"] for key in ("alpha", "dropout")}
+        settings = f"rank {lora['lora_r']}, {_listed(values.items())}, modules {lora['lora_target_modules']}"
+        return {"title": "LoRA adapter", "adapter": f"LoRA: {settings}", "needs": needs}
+    if name == "sinelora":
+        needs = "SineLoRA is not in PEFT; the import of `mask_the_target.sine_lora` makes it known:"
+    if name == "pissa":
+        needs = "Saved as plain LoRA of twice the rank, which fits the base as it is; nothing else is needed:"
+    adapter = f"Adapter: {name}, {_listed(record['adapter_settings'].items())}"
+    return {"title": f"{name} adapter", "adapter": adapter, "needs": needs}
 
 
 def _listed(pairs: Iterable[tuple[str, Any]]) -> str:

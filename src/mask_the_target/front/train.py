@@ -21,6 +21,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mask_the_target import TMKLCallback, attach
+from mask_the_target.front.adapters import (
+    AdaLoraSteps,
+    adapter_weights,
+    describe,
+    make_adapter,
+    prepare,
+    save_as_lora,
+)
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
 from mask_the_target.front.data import Data, check_labels, load_data
 from mask_the_target.front.options import Settings, parse
@@ -28,7 +36,7 @@ from mask_the_target.front.record import last_figures, model_card, new_record, w
 from mask_the_target.integrations.transformers import supervised_tokens
 
 # What a resumed run must not change: it would no longer be the run that the checkpoint belongs to.
-FIXED_ON_RESUME = ("model", "data", "method", "seed", "lora")
+FIXED_ON_RESUME = ("model", "data", "method", "seed", "adapter", "lora")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -166,7 +174,10 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     ours: list[TrainerCallback] = [*callbacks, stop]
     if settings.tmkl.method == "tmkl":
         ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
+    if settings.tmkl.adapter == "adalora":
+        ours.append(AdaLoraSteps())
     trainer = _build_trainer(settings, data, path, ours)
+    initial = adapter_weights(trainer.model) if settings.tmkl.adapter == "pissa" else None
     record["supervision"] = _check_tokenised(trainer, data)
     stop_on_bad_loss(trainer)
     main_process = trainer.is_world_process_zero()
@@ -179,6 +190,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         stop.restore()
         record["seconds"] += time.monotonic() - started
         record["log_history"] = trainer.state.log_history
+        record["adapter_settings"] = describe(trainer.model.peft_config["default"])
         if main_process:
             write_json(output / "run.json", record)
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
@@ -188,6 +200,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
             f"{output}. Go on with: {again} (and the other options as before)."
         )
     trainer.save_model(str(output))
+    if initial is not None and main_process:
+        save_as_lora(trainer.model, output, initial)
     record |= {
         "status": "complete",
         "steps": trainer.state.global_step,
@@ -218,14 +232,44 @@ def _build_trainer(settings: Settings, data: Data, path: str, callbacks: list[Tr
         "dtype": settings.model.dtype,
     }
     settings.training.model_init_kwargs = {**model_init, **(settings.training.model_init_kwargs or {})}
-    return SFTTrainer(
-        model=path,
-        args=settings.training,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        quantization_config=get_quantization_config(settings.model),
-        peft_config=get_peft_config(settings.model),
-        callbacks=callbacks,
+    try:
+        trainer = SFTTrainer(
+            model=path,
+            args=settings.training,
+            train_dataset=data.train,
+            eval_dataset=data.test,
+            quantization_config=get_quantization_config(settings.model),
+            peft_config=_adapter_config(settings) or get_peft_config(settings.model),
+            callbacks=callbacks,
+        )
+    except ValueError as error:
+        if "chat_template is not set" not in str(error):
+            raise
+        raise ValueError(
+            f"{data.name} holds conversations, and the tokenizer of {settings.model.model_name_or_path} has no chat "
+            "template to write them with, as is usual for a base model. Set chat_template_path to a .jinja file or to "
+            "a model that has one, or use data whose prompt and completion are plain text."
+        ) from error
+    if settings.tmkl.adapter is not None:
+        assert trainer.model is not None
+        prepare(trainer.model, settings.tmkl.adapter)
+    return trainer
+
+
+def _adapter_config(settings: Settings) -> Any:
+    """PEFT's config of the adapter that was chosen by name; None: TRL's own LoRA options."""
+    name, model = settings.tmkl.adapter, settings.model
+    if name is None:
+        return None
+    return make_adapter(
+        name,
+        rank=model.lora_r,
+        alpha=None if name == "vera" else model.lora_alpha,
+        dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
+        task_type=model.lora_task_type,
     )
 
 
