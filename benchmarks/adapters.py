@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         if answer is None:
             print(f"  failed: {reason}")
             continue
-        found = json.loads(answer.strip().splitlines()[-1])
+        found = json.loads(answer)
         row = context("cpu") | settings | {"adapter": adapter, "method": method}
         row |= {name: f"{value:.4f}" for name, value in found.items()}
         append_rows(args.output, [row])

@@ -13,8 +13,7 @@ def reference_loss(
     model: nn.Module, base: nn.Module, batch: dict[str, Any], options: TMKL, num_items: float | None = None
 ) -> Any:
     """TMKL's result for one batch from the models' own logits, without attaching anything."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    inputs["use_cache"] = False  # with a cache, transformers doesn't look for packed documents in position_ids
+    inputs = model_inputs(batch)
     logits = model(**inputs).logits
     with torch.no_grad():
         base_logits = base.eval()(**inputs).logits
@@ -23,6 +22,13 @@ def reference_loss(
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     rows = logits.flatten(0, 1), base_logits.flatten(0, 1), targets.flatten()
     return target_masked_kl(*rows, options, num_items=num_items)
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a forward without labels takes."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    # With a cache, transformers doesn't look for packed documents in position_ids.
+    return inputs | {"use_cache": False}
 
 
 def gradients(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,38 +10,17 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import move, toy_llama
 from mask_the_target.base import adapters_off
 from mask_the_target.sine_lora import SineLoraConfig
 
 
-def make_base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-
-
-def train_a_little(model: torch.nn.Module) -> None:
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-
-
 def test_layer_computes_the_formula_and_its_gradients_in_float64() -> None:
-    base = make_base().double()
+    base = toy_llama().double()
     model = get_peft_model(base, SineLoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
     layer = base.model.layers[0].self_attn.q_proj
-    train_a_little(model)
+    move(model, 0.3)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     w, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     a, b = (p.data.double().requires_grad_() for p in (a, b))
@@ -58,13 +37,13 @@ def test_layer_computes_the_formula_and_its_gradients_in_float64() -> None:
 
 
 def test_saves_loads_and_toggles_as_any_other(tmp_path) -> None:
-    base = make_base()
+    base = toy_llama()
     ids = torch.arange(10).reshape(1, 10)
     before = base(ids).logits
     untouched = copy.deepcopy(base)
     model = get_peft_model(base, SineLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert torch.equal(model(ids).logits, before)  # B starts at 0
-    train_a_little(model)
+    move(model, 0.3)
     adapted = model(ids).logits
     assert not torch.allclose(adapted, before)
     with adapters_off(base):
@@ -78,7 +57,7 @@ def test_saves_loads_and_toggles_as_any_other(tmp_path) -> None:
 
 
 def test_an_installation_without_it_fails_and_never_takes_it_for_lora(tmp_path) -> None:
-    get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(toy_llama(), SineLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert found.returncode != 0
@@ -86,12 +65,12 @@ def test_an_installation_without_it_fails_and_never_takes_it_for_lora(tmp_path) 
 
 
 def test_merging_and_meaningless_combinations_are_refused() -> None:
-    model = get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(toy_llama(), SineLoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="can't be merged"):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="'pissa' is made for the product B A"):
         SineLoraConfig(init_lora_weights="pissa")
     with pytest.raises(ValueError, match="another variant of LoRA, and DoraLinearVariant is on"):
-        get_peft_model(make_base(), SineLoraConfig(target_modules=["q_proj"], use_dora=True))
+        get_peft_model(toy_llama(), SineLoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="'embed_tokens' is a Embedding"):
-        get_peft_model(make_base(), SineLoraConfig(target_modules=["embed_tokens"]))
+        get_peft_model(toy_llama(), SineLoraConfig(target_modules=["embed_tokens"]))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mask_the_target.head import LogitTransform
-from mask_the_target.linear import join_rows, one_factor, row_kernel, rows_of_chunk
+from mask_the_target.linear import one_factor, row_kernel, rows_of_chunk
 from mask_the_target.objective import TMKL
-from mask_the_target.rows_torch import Rows
+from mask_the_target.rows_torch import Rows, join_rows
 
 
 @torch.compiler.disable  # it takes gradients in its forward
@@ -61,7 +61,7 @@ def adapted_head_rows(
             x_b = base_head(base_hidden[chunk].to(hidden.dtype))
         with torch.set_grad_enabled(bool(gradient_of)):
             x_a = head(hidden)
-        gradient = torch.empty_like(x_a, requires_grad=False) if gradient_of else None
+        gradient = torch.empty_like(x_a) if gradient_of else None
         rows = compute_rows(
             x_a.detach(),
             x_b,

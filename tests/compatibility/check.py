@@ -15,7 +15,7 @@ from conftest import move
 from mask_the_target import TMKL, attach
 from mask_the_target.attach import Attachment
 from mask_the_target.head import evaluating
-from reference import distance, gradients, reference_loss
+from reference import distance, gradients, model_inputs, reference_loss
 
 # Off is the original bit for bit; a frozen copy of an initial adapter that was subtracted from the base is so to the
 # rounding of that subtraction. Both relative to the largest logit.
@@ -97,7 +97,7 @@ def _check(
         expected = reference_loss(model, original, data, options)
         if not aux_coefficient:
             return expected
-        aux = attachment._previous(**_inputs(data)).aux_loss
+        aux = attachment._previous(**model_inputs(data)).aux_loss
         if aux is None:  # asked for its router's logits, the model makes no loss of them
             return expected
         return dataclasses.replace(expected, loss=expected.loss + aux_coefficient * aux)
@@ -164,19 +164,13 @@ def _flags(model: nn.Module) -> list[Any]:
     return modules + [(n, p.requires_grad) for n, p in model.named_parameters()]
 
 
-def _inputs(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if name not in ("labels", "shift_labels")} | {
-        "use_cache": False
-    }
-
-
 def _require_base(attachment: Attachment, original: nn.Module, data: dict[str, Any], when: str) -> None:
     """The model inside the base's context is the original."""
     model = attachment.base.model
     with torch.no_grad(), evaluating(model), attachment.base.context():
-        own = attachment._previous(**_inputs(data)).logits
+        own = attachment._previous(**model_inputs(data)).logits
     with torch.no_grad():
-        wanted = original.eval()(**_inputs(data)).logits
+        wanted = original.eval()(**model_inputs(data)).logits
     error = float((own - wanted).abs().max())
     if attachment.base.kind == "off":
         _require(torch.equal(own, wanted), f"{when}, off is not the original bit for bit (off by {error:.3g})")

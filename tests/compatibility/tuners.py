@@ -15,6 +15,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+import conftest
 from compatibility.check import Outcome, check
 from conftest import batch, move, toy_llama
 from mask_the_target import sine_lora  # noqa: F401  (makes it known to PEFT)
@@ -53,7 +54,6 @@ class Case:
     name: str
     adapt: Callable[[nn.Module], tuple[nn.Module, Any]]
     base: Callable[[], nn.Module]
-    trains_update: bool = True  # an update of weights, and not virtual tokens
 
 
 def toy() -> nn.Module:
@@ -67,14 +67,7 @@ def toy_experts() -> nn.Module:
 
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
-        **SIZES,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **(conftest.SIZES | SIZES), moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16
     )
     return transformers.Qwen3MoeForCausalLM(config)
 
@@ -91,16 +84,15 @@ def enumerate_cases() -> list[Case]:
     """All of them, in a stable order."""
     cases: list[Case] = []
 
-    def add(name: str, make: Callable[[], Any], trains_update: bool = True) -> None:
-        cases.append(Case(name, lambda base: (peft.get_peft_model(base, make()), "auto"), toy, trains_update))
+    def add(name: str, make: Callable[[], Any]) -> None:
+        cases.append(Case(name, lambda base: (peft.get_peft_model(base, make()), "auto"), toy))
 
     for kind in map(str, PEFT_TYPE_TO_CONFIG_MAPPING):
         kind = kind.removeprefix("PeftType.")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-        virtual = kind == "ADAPTION_PROMPT" or issubclass(config, peft.PromptLearningConfig)
         if kind in ("XLORA", "ADALORA"):
             continue  # made of trained adapters; adds a term to the loss: both below
-        add(kind, lambda kind=kind: make_config(kind), not virtual)
+        add(kind, lambda kind=kind: make_config(kind))
         for field, value in _initialisations(config):
             if kind != "SINELORA":  # inherits LoRA's choices, and refuses most
                 add(f"{kind}, {field}={value!r}", lambda k=kind, f=field, v=value: make_config(k, **{f: v}))
@@ -222,10 +214,6 @@ def _merged(base: nn.Module) -> tuple[nn.Module, Any]:
     return model, "auto"
 
 
-def _quantised(base: nn.Module) -> tuple[nn.Module, Any]:
-    return _lora(base), "auto"
-
-
 def toy_torchao() -> nn.Module:
     """Its linear layers' weights in torchao's int8."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -286,8 +274,8 @@ def _ways_to_use() -> Iterator[Case]:
     yield Case("LORA, merged", _merged, toy)
     yield Case("ADALORA", _adalora, toy)
     yield Case("XLORA", _xlora, toy)
-    yield Case("LORA on torchao int8", _quantised, toy_torchao)
-    yield Case("LORA on bitsandbytes nf4", _quantised, toy_bitsandbytes)
+    yield case("LORA on torchao int8", make=toy_torchao)
+    yield case("LORA on bitsandbytes nf4", make=toy_bitsandbytes)
 
 
 def run(case: Case) -> Outcome:

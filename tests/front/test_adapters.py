@@ -55,7 +55,7 @@ def test_the_papers_settings() -> None:
         assert (made.use_rslora, made.use_dora) == (name == "rslora", name == "dora")
         assert made.init_lora_weights == ("pissa" if name == "pissa" else True)
     assert made.peft_type == "SINELORA"
-    ada: Any = make_adapter("adalora", steps=2000)
+    ada: Any = make_adapter("adalora")
     assert (ada.init_r, ada.target_r, ada.lora_alpha, ada.lora_dropout) == (96, 64, 128, 0.05)
     assert (ada.beta1, ada.beta2, ada.tinit, ada.tfinal, ada.total_step) == (0.85, 0.85, 200, 1000, 2000)
     vera: Any = make_adapter("vera")

@@ -59,6 +59,14 @@ def check_name(name: str) -> None:
     raise ValueError(f"Unknown adapter {name!r}. {hint}Known: {', '.join(ADAPTERS)}.")
 
 
+def check_parts(name: str, alpha: float | None, target_parameters: list[str] | None) -> None:
+    """Raises ValueError for a given setting that the adapter `name` doesn't have."""
+    if name == "vera" and alpha is not None:
+        raise ValueError("VeRA has no alpha: its trained vectors are its scale. Remove lora_alpha.")
+    if target_parameters is not None and name in ("adalora", "vera", "randlora", "sinelora"):
+        raise ValueError(f"{name} adapts modules, not single parameters. Remove lora_target_parameters.")
+
+
 def make_adapter(
     name: str,
     *,
@@ -69,22 +77,19 @@ def make_adapter(
     target_parameters: list[str] | None = None,
     modules_to_save: list[str] | None = None,
     task_type: str = "CAUSAL_LM",
-    steps: int | None = None,
 ) -> PeftConfig:
     """PEFT's config of the adapter `name`, with the paper's settings where nothing else is given.
 
     Arguments:
         rank: r. VeRA's projections have 4r; RandLoRA's bases r / 8 each, at least 1; AdaLoRA starts with 1.5r.
         alpha: None: 2r. The update is scaled by alpha / r (rslora: alpha / sqrt(r)). VeRA has none.
-        steps: optimiser steps of the run, for AdaLoRA's schedule alone. None: long enough for the paper's.
+
+    AdaLoRA's schedule is the paper's until AdaLoraSteps fits it to the run.
 
     Raises ValueError for an unknown name and for what the adapter doesn't have.
     """
     check_name(name)
-    if name == "vera" and alpha is not None:
-        raise ValueError("VeRA has no alpha: its trained vectors are its scale. Remove lora_alpha.")
-    if target_parameters is not None and name in ("adalora", "vera", "randlora", "sinelora"):
-        raise ValueError(f"{name} adapts modules, not single parameters. Remove lora_target_parameters.")
+    check_parts(name, alpha, target_parameters)
     alpha = 2 * rank if alpha is None else alpha
     common: dict[str, Any] = {
         "target_modules": target_modules,
@@ -101,7 +106,7 @@ def make_adapter(
         return RandLoraConfig(r=of_basis, randlora_alpha=scaled, randlora_dropout=dropout, **common)  # type: ignore[arg-type]
     common |= {"lora_alpha": alpha, "lora_dropout": dropout}
     if name == "adalora":
-        schedule: dict[str, Any] = dict(adalora_schedule(2000 if steps is None else steps))
+        schedule: dict[str, Any] = dict(adalora_schedule(2000))
         # The penalty is applied by AdaLoraSteps, to the gradients: PEFT adds it to a loss that not every trainer reads.
         return AdaLoraConfig(
             target_r=rank,

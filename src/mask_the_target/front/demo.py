@@ -11,14 +11,12 @@ Every phase leaves a file that is written whole or not at all, so the same comma
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
-import math
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +29,7 @@ from mask_the_target.base import adapters_off
 from mask_the_target.front import report, train
 from mask_the_target.front.backbones import DEFAULT_MODEL, load_model, resolve_model
 from mask_the_target.front.evaluate import ProbeSizes, add_paired_errors, evaluate_one, fast_bfloat16
-from mask_the_target.front.options import parse
+from mask_the_target.front.options import check_numbers, parse, settings_parser
 from mask_the_target.front.recipes import find_recipe
 from mask_the_target.front.record import model_card, versions, write_json, write_whole
 
@@ -63,12 +61,7 @@ class Demo:
     precision: str = "auto"  # auto: bf16 autocast where that is the faster one here
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be a positive number.")
+        check_numbers(self, whole=("steps", "batch", "rank"), positive=("learning_rate", "weight"))
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"--precision is {self.precision!r}; it must be auto, bf16 or fp32.")
         if self.probes not in SIZES:
@@ -272,17 +265,13 @@ def _compare(
 
 def main(argv: Sequence[str]) -> int:
     """The command `mtt demo`."""
-    parser = argparse.ArgumentParser(
+    parser = settings_parser(
+        Demo,
         prog="mtt demo",
         description="Fine-tune a small model on a far task with plain CE and with TMKL; show what was learned and "
         "what was kept. About 10 minutes on two idle cores. Ctrl-C at any time; the same command goes on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
-    for field in fields(Demo):
-        kind: Callable[[str], Any] = type(field.default)
-        parser.add_argument(f"--{field.name}", f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args(list(argv)))
     output = options.pop("output")
     keep_freed_memory()

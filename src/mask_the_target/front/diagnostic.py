@@ -11,18 +11,16 @@ full-vocabulary KL and with CE + TMKL; after the paper's controlled diagnostic. 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import itertools
-import math
 import shlex
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from tqdm.auto import tqdm
 
 from mask_the_target.attach import attach
 from mask_the_target.front.backbones import package_folder
+from mask_the_target.front.options import check_numbers, settings_parser
 from mask_the_target.front.probes import TEXT_SOURCES, measuring
 from mask_the_target.front.record import versions, write_json, write_whole
 from mask_the_target.front.report import machine
@@ -67,12 +66,7 @@ class Diagnostic:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "pretraining_steps", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be a positive number.")
+        check_numbers(self, whole=("seeds", "pretraining_steps", "steps"), positive=("learning_rate", "weight"))
         for language in self.language_names():
             if language not in LANGUAGES:
                 raise ValueError(f"--languages has {language!r}; known, by commas: {', '.join(LANGUAGES)}.")
@@ -419,17 +413,13 @@ def write_figure(results: Mapping[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command `mtt diagnostic`."""
-    parser = argparse.ArgumentParser(
+    parser = settings_parser(
+        Diagnostic,
         prog="mtt diagnostic",
         description="Pretrain a character transformer on English, adapt it to other languages with CE, CE + full KL "
         "and CE + TMKL, and measure what each does to the distributions. It took 43 minutes on two busy cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/diagnostic"), help="folder of the results")
-    for field in fields(Diagnostic):
-        kind: Callable[[str], Any] = type(field.default)
-        parser.add_argument(f"--{field.name}", f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args(list(argv)))
     output: Path = options.pop("output")
     settings = Diagnostic(**options)

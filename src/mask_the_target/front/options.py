@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 
 from mask_the_target import TMKL, CachedBase
 from mask_the_target.base import BaseChoice
-from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name
+from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name, check_parts
 
 
 @dataclass
@@ -132,6 +133,31 @@ def parse(argv: Sequence[str]) -> Settings:
     return settings
 
 
+def settings_parser(settings: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """A command's parser with one flag for each field of a dataclass of settings, of its default's type."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for option in fields(settings):
+        kind: Callable[[str], Any] = type(option.default)
+        names = (f"--{option.name}", f"--{option.name.replace('_', '-')}")
+        parser.add_argument(*names, type=kind, default=option.default)
+    return parser
+
+
+def check_numbers(settings: Any, *, whole: Sequence[str], positive: Sequence[str]) -> None:
+    """Raises ValueError, naming the flag, for a field of `whole` below 1, and of `positive` not between 0 and inf."""
+    for name in whole:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1.")
+    for name in positive:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be a positive number.")
+
+
 def _unknown(name: str, known: Sequence[str], where: str) -> ValueError:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {close[0]!r}?" if close else "Run 'mtt train --help' for all options."
@@ -230,10 +256,7 @@ def _settle_adapter(settings: Settings, name: str, given: set[str]) -> None:
                 f"adapter is {name!r}, and {option} is true, which chooses an adapter too. Remove {option}"
                 + (f", or set adapter: {other}." if name != other else ".")
             )
-    if name == "vera" and "lora_alpha" in given:
-        raise ValueError("VeRA has no alpha: its trained vectors are its scale. Remove lora_alpha.")
-    if model.lora_target_parameters is not None and name in ("adalora", "vera", "randlora", "sinelora"):
-        raise ValueError(f"{name} adapts modules, not single parameters. Remove lora_target_parameters.")
+    check_parts(name, model.lora_alpha if "lora_alpha" in given else None, model.lora_target_parameters)
     if name == "pissa" and (model.load_in_4bit or model.load_in_8bit):
         raise ValueError("PiSSA decomposes the base's weights, which must not be quantised. Remove load_in_4bit/8bit.")
     if name == "pissa" and settings.tmkl.base == "off":
