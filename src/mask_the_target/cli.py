@@ -22,6 +22,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt train CONFIG.yaml              train an adapter; a TRL user's SFT config works as it is
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
+  mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
   mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
@@ -44,6 +45,12 @@ def _cache(argv: Sequence[str]) -> int:
 
 def _demo(argv: Sequence[str]) -> int:
     from mask_the_target.front.demo import main
+
+    return main(argv)
+
+
+def _sweep(argv: Sequence[str]) -> int:
+    from mask_the_target.front.study import main
 
     return main(argv)
 
@@ -235,6 +242,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "cache": _cache,
     "eval": _eval,
     "demo": _demo,
+    "sweep": _sweep,
     "diagnostic": _diagnostic,
 }
 

@@ -1,0 +1,177 @@
+"""What a study shows: for each method the front of what was learned against what was lost, in few numbers.
+
+A point is one state of one run: its held-out target loss (lower: learned more) and the rise of its text loss over the
+base (lower: kept more), both in nats per token. The base itself is (its target loss, 0). All settings, checkpoints and
+scales of a method and seed make one front.
+
+Hypervolume: the area that a front dominates, as a share of the box between base and plain CE:
+
+    target loss   from the base's (nothing learned) down to plain CE's best
+    text loss     from the base's (nothing lost) up to that of plain CE where it learned best
+
+so 0 is the base, or plain CE at its best alone, and 1 is all of CE's learning with nothing lost. A front that goes
+beyond the box (learns more than CE, or lowers the text loss) can be above 1. CE's best is the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+TOLERANCES = (0.01, 0.05)  # of the text's perplexity
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """Target loss and text loss rise, and where they come from."""
+
+    loss: float
+    rise: float
+    key: str = ""
+    checkpoint: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """Between base and plain CE: the base's target loss, plain CE's best, and the text loss rise where it has that."""
+
+    base_loss: float
+    best_loss: float
+    worst_rise: float
+
+    def is_empty(self) -> bool:
+        """Plain CE learned nothing, or lost nothing: there is no area to have a share of."""
+        return not (self.best_loss < self.base_loss and self.worst_rise > 0)
+
+
+def points_of(results: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """All measured points of these results (see `study.run_trial`); those that are not finite are left out."""
+    found = [
+        Point(point["learned"], point["rise"], result["key"], point["checkpoint"], point["scale"])
+        for result in results
+        for point in result["points"]
+    ]
+    return [point for point in found if math.isfinite(point.loss) and math.isfinite(point.rise)]
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other dominates (as low in both, lower in one), from most learned to most kept.
+
+    Of equal points the first one stays.
+    """
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.loss, point.rise)):
+        if not found or point.rise < found[-1].rise:
+            found.append(point)
+    return found
+
+
+def hypervolume(points: Sequence[Point], box: Box) -> float:
+    """The share of the box that the points dominate: 0 for none, or none inside. NaN if the box is empty."""
+    # The only function for it that Optuna has is not public; constraints.txt holds the version.
+    from optuna._hypervolume import compute_hypervolume
+
+    if box.is_empty():
+        return math.nan
+    inside = [[p.loss, p.rise] for p in points if p.loss <= box.base_loss and p.rise <= box.worst_rise]
+    if not inside:
+        return 0.0
+    area = compute_hypervolume(np.array(inside), np.array([box.base_loss, box.worst_rise]))
+    return float(area) / ((box.base_loss - box.best_loss) * box.worst_rise)
+
+
+def share_learned(points: Iterable[Point], box: Box, tolerance: float) -> float:
+    """The share of plain CE's best learning among points whose text perplexity is at most 1 + tolerance of the base's.
+
+    At least 0: the base itself loses nothing. NaN if plain CE learned nothing.
+    """
+    if not box.best_loss < box.base_loss:
+        return math.nan
+    within = [point.loss for point in points if point.rise <= math.log1p(tolerance)]
+    return (box.base_loss - min([box.base_loss, *within])) / (box.base_loss - box.best_loss)
+
+
+def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Mean of the values of n seeds and its bootstrap 95% interval (percentiles; None for fewer than two).
+
+    With few seeds the interval is too narrow: of three, it is about from the lowest to the highest.
+    """
+    known = np.array([value for value in values if not math.isnan(value)])
+    if not len(known):
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    if len(known) < 2:
+        return {"mean": float(known[0]), "low": None, "high": None, "n": 1}
+    drawn = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"mean": float(known.mean()), "low": float(low), "high": float(high), "n": len(known)}
+
+
+def compare(
+    results: Sequence[Mapping[str, Any]], plain: str = "ce", against: Sequence[str] = ("ce",)
+) -> dict[str, dict[str, Any]]:
+    """{recipe: {"box": ..., "methods": {method: figures}}} of a study's results.
+
+    Figures: "trials" and "failed" (counts), "hypervolume", "learned_within" {tolerance: share} and "against" {method:
+    paired difference of hypervolume}, each as `interval`, and "front", that of all its seeds. A failed trial's points
+    count as far as they were measured; a seed without any point is left out of the means.
+
+    Raises ValueError if a recipe has no measured result of the method `plain`, or none of one in `against`.
+    """
+    found = {}
+    for recipe in dict.fromkeys(result["recipe"] for result in results):
+        here = [result for result in results if result["recipe"] == recipe]
+        for name in dict.fromkeys([plain, *against]):
+            if not points_of(result for result in here if result["method"] == name):
+                known = ", ".join(dict.fromkeys(result["method"] for result in here))
+                raise ValueError(f"{recipe}: no measured result of the method {name!r}; methods: {known}.")
+        box = _box([result for result in here if result["method"] == plain])
+        found[recipe] = {"box": box, "methods": _methods(here, box, against)}
+    return found
+
+
+def _box(plain: Sequence[Mapping[str, Any]]) -> Box:
+    base = next(result["base"]["target"]["loss"] for result in plain if "base" in result)
+    seeds = _by_seed(plain)
+    best = [min(points, key=lambda point: point.loss) for points in seeds.values()]
+    return Box(base, float(np.mean([p.loss for p in best])), float(np.mean([p.rise for p in best])))
+
+
+def _methods(results: Sequence[Mapping[str, Any]], box: Box, against: Sequence[str]) -> dict[str, Any]:
+    names = list(dict.fromkeys(result["method"] for result in results))
+    own = {name: [result for result in results if result["method"] == name] for name in names}
+    seeds = {name: _by_seed(own[name]) for name in names}
+    areas = {name: {seed: hypervolume(points, box) for seed, points in seeds[name].items()} for name in names}
+
+    def within(name: str, tolerance: float) -> dict[str, Any]:
+        return interval([share_learned(points, box, tolerance) for points in seeds[name].values()])
+
+    def difference(name: str, other: str) -> dict[str, Any]:
+        both = [seed for seed in areas[name] if seed in areas[other]]
+        return interval([areas[name][seed] - areas[other][seed] for seed in both])
+
+    return {
+        name: {
+            "trials": len(own[name]),
+            "failed": sum(result["status"] == "failed" for result in own[name]),
+            "hypervolume": interval(list(areas[name].values())),
+            "learned_within": {tolerance: within(name, tolerance) for tolerance in TOLERANCES},
+            "against": {other: difference(name, other) for other in against if other != name},
+            "front": front(points_of(own[name])),
+        }
+        for name in names
+    }
+
+
+def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Point]]:
+    found = {}
+    for seed in dict.fromkeys(result["seed"] for result in results):
+        points = points_of(result for result in results if result["seed"] == seed)
+        if points:
+            found[seed] = points
+    return found
