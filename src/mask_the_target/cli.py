@@ -50,7 +50,7 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    from mask_the_target.front.study import main
+    from mask_the_target.front.sweep import main
 
     return main(argv)
 

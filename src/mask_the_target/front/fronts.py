@@ -74,15 +74,14 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 def hypervolume(points: Sequence[Point], box: Box) -> float:
     """The share of the box that the points dominate: 0 for none, or none inside. NaN if the box is empty."""
-    # The only function for it that Optuna has is not public; constraints.txt holds the version.
-    from optuna._hypervolume import compute_hypervolume
+    import moocore  # pymoo's own; Optuna's function for it is not public
 
     if box.is_empty():
         return math.nan
     inside = [[p.loss, p.rise] for p in points if p.loss <= box.base_loss and p.rise <= box.worst_rise]
     if not inside:
         return 0.0
-    area = compute_hypervolume(np.array(inside), np.array([box.base_loss, box.worst_rise]))
+    area = moocore.hypervolume(np.array(inside), ref=[box.base_loss, box.worst_rise])
     return float(area) / ((box.base_loss - box.best_loss) * box.worst_rise)
 
 

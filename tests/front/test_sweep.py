@@ -29,11 +29,12 @@ from transformers import TrainerCallback
 
 from front.test_train import make_model
 from mask_the_target.cli import main
-from mask_the_target.front import study as sweep
+from mask_the_target.front import queue, sweep
 from mask_the_target.front.backbones import load_model
 from mask_the_target.front.demo import SIZES
 from mask_the_target.front.evaluate import evaluate_one
 from mask_the_target.front.fronts import compare
+from mask_the_target.front.study import Study, read_study
 
 TRAIN = {
     "max_steps": 4,
@@ -55,8 +56,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    for name, seconds in (("HEARTBEAT", 1), ("GRACE", 3), ("POLL", 0.2)):
-        monkeypatch.setattr(sweep, name, seconds)
+    for module, name, seconds in ((queue, "HEARTBEAT", 1), (queue, "GRACE", 3), (sweep, "POLL", 0.2)):
+        monkeypatch.setattr(module, name, seconds)
 
 
 def content(model: Path, **changes: Any) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def write(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def read(folder: Path, values: dict[str, Any]) -> sweep.Study:
-    return sweep.read_study(write(folder, values))
+def read(folder: Path, values: dict[str, Any]) -> Study:
+    return read_study(write(folder, values))
 
 
 def measured(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -112,10 +113,11 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
-from mask_the_target.front import study as sweep
+from mask_the_target.front import queue, sweep
+from mask_the_target.front.study import read_study
 
 torch.set_num_threads(1)
-sweep.HEARTBEAT, sweep.GRACE, sweep.POLL = 1, 3, 0.2
+queue.HEARTBEAT, queue.GRACE, sweep.POLL = 1, 3, 0.2
 file, output, storage, kill = sys.argv[1:]
 
 class Kill(TrainerCallback):
@@ -128,7 +130,7 @@ class Kill(TrainerCallback):
             if len(list(runs.iterdir())) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-results = sweep.run(sweep.read_study(Path(file)), Path(output), storage or None, [Kill()])
+results = sweep.run(read_study(Path(file)), Path(output), storage or None, [Kill()])
 print(len(results))
 """
 
@@ -276,13 +278,14 @@ def test_search_samples_between_the_grids_ends(model: Path, tmp_path: Path) -> N
 TAKER = """
 import sys, time
 from pathlib import Path
-from mask_the_target.front import study as sweep
+from mask_the_target.front.queue import Queue
+from mask_the_target.front.study import read_study
 
-study = sweep.read_study(Path(sys.argv[1]))
+study = read_study(Path(sys.argv[1]))
 print("ready", flush=True)
 while not Path(sys.argv[3]).exists():  # all start at one moment
     time.sleep(0.001)
-queue = sweep.Queue(sys.argv[2], study.parts())
+queue = Queue(sys.argv[2], study.parts())
 while taken := queue.take():
     print(taken.trial.key)
     taken.finish({"key": taken.trial.key, "status": "complete", "learned": 1.0, "rise": 0.0, "points": []})
@@ -367,27 +370,27 @@ def test_two_workers_on_postgresql_and_one_is_killed(
 
 
 def test_a_trial_that_kills_every_worker_is_given_up(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sweep, "RETRIES", 1)
-    monkeypatch.setattr(sweep, "GRACE", 1)
+    monkeypatch.setattr(queue, "RETRIES", 1)
+    monkeypatch.setattr(queue, "GRACE", 1)
     parts = read(tmp_path, content(model, methods={"ce": {"method": "ce"}})).parts()
     for _ in range(2):
-        queue = sweep.Queue(f"sqlite:///{tmp_path / 'study.db'}", parts)
-        assert queue.take() is not None  # and is never heard of again
-        assert queue.take() is None
+        trials = queue.Queue(f"sqlite:///{tmp_path / 'study.db'}", parts)
+        assert trials.take() is not None  # and is never heard of again
+        assert trials.take() is None
         time.sleep(3)
-    assert queue.take() is None
-    assert queue.counts() == {"done": 0, "failed": 1, "live": 0, "missing": 0}
-    assert queue.results()[0]["error"] == "Its worker was lost 2 times."
+    assert trials.take() is None
+    assert trials.counts() == {"done": 0, "failed": 1, "live": 0, "missing": 0}
+    assert trials.results()[0]["error"] == "Its worker was lost 2 times."
 
 
 def test_trials_of_an_earlier_file_are_left_alone(model: Path, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    before = sweep.Queue(storage, read(tmp_path, content(model)).parts())
+    before = queue.Queue(storage, read(tmp_path, content(model)).parts())
     stopped = before.take()
     assert stopped is not None
     stopped.stop()
     changed = read(tmp_path, content(model, train=TRAIN | {"max_steps": 8})).parts()
-    now = sweep.Queue(storage, changed)
+    now = queue.Queue(storage, changed)
     taken = []
     while trial := now.take():
         taken.append(trial.trial)
