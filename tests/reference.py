@@ -10,7 +10,12 @@ from mask_the_target import TMKL, target_masked_kl
 
 
 def reference_loss(
-    model: nn.Module, base: nn.Module, batch: dict[str, Any], options: TMKL, num_items: float | None = None
+    model: nn.Module,
+    base: nn.Module,
+    batch: dict[str, Any],
+    options: TMKL,
+    num_items: float | None = None,
+    shifts_labels: bool = True,
 ) -> Any:
     """TMKL's result for one batch from the models' own logits, without attaching anything."""
     inputs = model_inputs(batch)
@@ -19,9 +24,19 @@ def reference_loss(
         base_logits = base.eval()(**inputs).logits
     targets = batch.get("shift_labels")
     if targets is None:
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if shifts_labels else batch["labels"]
     rows = logits.flatten(0, 1), base_logits.flatten(0, 1), targets.flatten()
     return target_masked_kl(*rows, options, num_items=num_items)
+
+
+def shifts_labels(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether the model's own loss compares logits with the next position's labels rather than with their own's."""
+    with torch.no_grad():
+        output = model.eval()(**model_inputs(batch), labels=batch["labels"])
+    logits, labels = output.logits, batch["labels"]
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    unshifted = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return bool((output.loss - shifted).abs() <= (output.loss - unshifted).abs())
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,12 @@ class Attachment:
             self._own = self.model.__dict__.get("forward")
             self._probed = probe(self.model, self._previous, self._tap)
             self._base_tap, self._base_probed = self._probe_base()
+            if not self._probed.shifts_labels:
+                warnings.warn(
+                    f"{type(self.model).__name__} compares its logits with the labels of the same position, so TMKL "
+                    "does too: give it labels that are shifted already, or it learns to repeat its input.",
+                    stacklevel=4,
+                )
         except BaseException:
             self._tap.remove()
             raise
@@ -266,9 +272,10 @@ class Attachment:
 
     def _train(self, kwargs: dict[str, Any]) -> Any:
         shifted = kwargs.get("shift_labels") is not None
-        targets = _take_targets(kwargs)
-        num_items = kwargs.pop("num_items_in_batch", None)
         fused = trl.take_loss_arguments(kwargs, self._names)
+        # Who asks for TRL's fused results shifts the labels itself, whatever the model's own loss does.
+        targets = _take_targets(kwargs, shift=fused or self._probed.shifts_labels)
+        num_items = kwargs.pop("num_items_in_batch", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         kwargs |= self._settings
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
@@ -336,7 +343,7 @@ class Attachment:
         if self.cache is None:
             raise ValueError("this model is attached without a cache; use attach(model, base='cached').")
         inputs = {**batch, **self._settings}
-        targets = _take_targets(inputs)
+        targets = _take_targets(inputs, shift=self._probed.shifts_labels)
         self._running = True
         try:
             self._base_pass(inputs, _supervised(targets))
@@ -514,10 +521,12 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     return model, configs
 
 
-def _take_targets(inputs: dict[str, Any]) -> Tensor:
+def _take_targets(inputs: dict[str, Any], *, shift: bool) -> Tensor:
     """``[B, T]``: position t predicts the label at t + 1; under context parallelism labels come shifted already."""
     labels, shift_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    return shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    if shift_labels is not None:
+        return shift_labels
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
 
 
 def _supervised(targets: Tensor) -> Tensor:
