@@ -29,14 +29,19 @@ def reference_loss(
     return target_masked_kl(*rows, options, num_items=num_items)
 
 
-def shifts_labels(model: nn.Module, batch: dict[str, Any]) -> bool:
-    """Whether the model's own loss compares logits with the next position's labels rather than with their own's."""
+def shifts_labels(model: nn.Module, batch: dict[str, Any], aux_coefficient: float = 0.0) -> bool:
+    """Whether the model's own loss compares logits with the next position's labels rather than with their own's.
+
+    ``aux_coefficient``: factor of a router's loss in it.
+    """
     with torch.no_grad():
         output = model.eval()(**model_inputs(batch), labels=batch["labels"])
     logits, labels = output.logits, batch["labels"]
     shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     unshifted = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return bool((output.loss - shifted).abs() <= (output.loss - unshifted).abs())
+    aux = output.get("aux_loss")
+    ce = output.loss if aux is None else output.loss - aux_coefficient * aux
+    return bool((ce - shifted).abs() <= (ce - unshifted).abs())
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

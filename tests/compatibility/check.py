@@ -106,7 +106,7 @@ def _check(
         attachment = attach(model, options, base=base, full_kl=True)
     except ValueError as error:
         return Outcome(name, "refused", str(error))
-    shifts = shifts_labels(original, data)
+    shifts = shifts_labels(original, data, aux_coefficient)
     if spoil is not None:
         spoil(attachment)
     with attachment:
