@@ -416,7 +416,11 @@ BAD = [
     ({"checkpoints": [0.5, 1.5]}, "checkpoints must lie in (0, 1], but is 1.5"),
     ({"scales": [0]}, "scales must lie in (0, 1], but is 0"),
     ({"methods": {}}, "methods is missing or empty"),
-    ({"methods": {"ce": {"method": "ec"}}}, "methods.ce: method: 'ec' is not one of: tmkl, ce"),
+    ({"methods": {"e": {"method": "ewcc"}}}, "methods.e: Unknown method 'ewcc'. Did you mean 'ewc'?"),
+    (
+        {"methods": {"e": {"method": "ewc", "grid": {"rival_weight": [1, 0]}}}},
+        "methods.e: rival_weight is 0: for 'ewc' it is the lambda, a number above 0",
+    ),
     (
         {"methods": {"ce": {"lerning_rate": 1}}},
         "methods.ce: unknown option 'lerning_rate'. Did you mean 'learning_rate'?",

@@ -242,7 +242,8 @@ def _check_options(path: Path, study: Study) -> None:
                 try:
                     settings = parse([str(config)])
                 except ValueError as error:
-                    raise ValueError(str(error).replace(str(config), f"{path}: methods.{name}")) from error
+                    where, message = f"{path}: methods.{name}", str(error).replace(f"{config}: ", "")
+                    raise ValueError(f"{where}: {message}") from error
                 _check_adapter(path, name, settings.tmkl.adapter, options, study.scales)
 
 
