@@ -15,6 +15,7 @@ def reference_loss(
     batch: dict[str, Any],
     options: TMKL,
     num_items: float | None = None,
+    num_context: float | None = None,
     shifts_labels: bool = True,
 ) -> Any:
     """TMKL's result for one batch from the models' own logits, without attaching anything."""
@@ -25,8 +26,29 @@ def reference_loss(
     targets = batch.get("shift_labels")
     if targets is None:
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if shifts_labels else batch["labels"]
+    if options.context_weight:
+        targets = targets.clone()
+        for row, position in context_positions(batch):
+            assert targets[row, position] == -100
+            targets[row, position] = -1
     rows = logits.flatten(0, 1), base_logits.flatten(0, 1), targets.flatten()
-    return target_masked_kl(*rows, options, num_items=num_items)
+    return target_masked_kl(*rows, options, num_items=num_items, num_context=num_context)
+
+
+def context_positions(batch: dict[str, Any], placeholders: tuple[int, ...] = ()) -> list[tuple[int, int]]:
+    """(row, position) of every real token that is followed by a real, unsupervised token of the same document."""
+    ids = batch["input_ids"].tolist()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).tolist()
+    starts = batch.get("position_ids", torch.full_like(batch["input_ids"], 9)).expand_as(batch["input_ids"]).tolist()
+    found = []
+    for row, tokens in enumerate(ids):
+        for position in range(len(tokens) - 1):
+            after = position + 1
+            real = mask[row][position] and mask[row][after] and starts[row][after] != 0
+            supervised = batch["labels"][row, after] != -100
+            if real and not supervised and not {tokens[position], tokens[after]} & set(placeholders):
+                found.append((row, position))
+    return found
 
 
 def shifts_labels(model: nn.Module, batch: dict[str, Any], aux_coefficient: float = 0.0) -> bool:

@@ -44,6 +44,13 @@ class TMKLArguments:
     tmkl_exclude_base_above: float | None = field(
         default=None, metadata={"help": "Leave out positions where the base gives the target more than this."}
     )
+    tmkl_context_weight: float = field(
+        default=0.0,
+        metadata={"help": "Factor of the full KL at the prompt's positions, without a target; not in the paper."},
+    )
+    tmkl_context_tokens: int | None = field(
+        default=None, metadata={"help": "At most so many of them a step, sampled; default: all."}
+    )
     base: Literal["auto", "off", "initial", "cached"] = field(
         default="auto",
         metadata={
@@ -85,6 +92,8 @@ class TMKLArguments:
             position_weight=self.tmkl_position_weight,
             temperature=self.tmkl_temperature,
             exclude_base_above=self.tmkl_exclude_base_above,
+            context_weight=self.tmkl_context_weight,
+            context_tokens=self.tmkl_context_tokens,
         )
 
 
