@@ -22,6 +22,8 @@ from mask_the_target.front.facts import facts
 from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 
 PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
+# Samples that are sums over a row's tokens: the standard error that they give, and the count that divides their total.
+PER_TOKEN = {"nats": ("stderr", "tokens"), "edits": ("token_error_rate_stderr", "answer_tokens")}
 T = TypeVar("T")
 Result = dict[str, dict[str, Any]]
 
@@ -183,17 +185,18 @@ def paired_stderr(values: Sequence[float], others: Sequence[float]) -> float:
 
 
 def add_paired_errors(adapted: Result, base: Result) -> None:
-    """Add to each probe that both have the paired standard error of (adapted - base): "stderr" for a loss, else
-    "greedy_stderr" and "logprob_stderr".
+    """Add to each probe that both have the paired standard error of (adapted - base): "stderr" for a loss, else that
+    of the metric, as "greedy_stderr".
 
-    The loss on the target is per token, so its error is that of the summed differences over the number of tokens.
+    What is per token on the target has the error of the summed differences over the number of tokens.
     """
     for probe in adapted.keys() & base.keys():
         samples, others = adapted[probe].get("samples", {}), base[probe].get("samples", {})
         for metric in samples.keys() & others.keys():
             error = paired_stderr(samples[metric], others[metric])
-            if metric == "nats":
-                adapted[probe]["stderr"] = error * len(samples[metric]) / adapted[probe]["tokens"]
+            if metric in PER_TOKEN:
+                name, tokens = PER_TOKEN[metric]
+                adapted[probe][name] = error * len(samples[metric]) / max(1, adapted[probe][tokens])
             else:
                 adapted[probe]["stderr" if metric == "loss" else f"{metric}_stderr"] = error
 
@@ -218,6 +221,10 @@ def _target(
     precision: torch.dtype | None,
     progress: bool,
 ) -> dict[str, Any]:
+    """Loss, and the greedy answers' exact match, token error rate and chrF (see `probes`).
+
+    chrF is one figure of all answers, which no row has a part of, so it has no standard error.
+    """
     scored, answered = evenly(rows, sizes.target_rows), evenly(rows, sizes.answer_rows)
     loss = measure.target_loss(model, tokenizer, scored, autocast=precision, progress=progress)
     answers = measure.greedy_answers(
@@ -230,14 +237,18 @@ def _target(
         label="target answers",
     )
     references = [measure.completion_text(row) for row in answered]
+    exact = [int(right) for right in measure.exact_matches(answers, references)]
+    edits, answer_tokens = measure.token_edits(answers, references)
     return {
         "loss": loss.loss,
-        "exact_match": measure.exact_match(answers, references),
-        "token_error_rate": measure.token_error_rate(answers, references),
+        "exact_match": statistics.fmean(exact),
+        "token_error_rate": sum(edits) / max(1, answer_tokens),
+        "chrf": measure.chrf(answers, references),
         "n": len(scored),
         "tokens": sum(loss.tokens),
         "answered": len(answered),
-        "samples": {"nats": loss.sums},
+        "answer_tokens": answer_tokens,
+        "samples": {"nats": loss.sums, "exact_match": exact, "edits": edits},
     }
 
 

@@ -28,11 +28,13 @@ TEXTS = {"text:python_docs": "Python docs", "text:bible": "Bible"}
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: its heading, what it means, and which way is better."""
+    """One column of the table: its heading, what it means, which way is better, and whether the Markdown table, where
+    it takes width, leaves it out."""
 
     heading: str
     meaning: str
     better: str = ""
+    minor: bool = False
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -74,6 +76,12 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
             "error rate", "Wrong, missing and extra items (arpabet: phonemes) per item of the right answer.", "lower"
         ),
         [_percent(value) for value in metric("target", "token_error_rate")],
+    )
+    add(
+        Column(
+            "chrF", "Characters of the right answers that are found, as F2 of n-grams, 0 to 100.", "higher", minor=True
+        ),
+        [_number(value, 1) for value in metric("target", "chrf")],
     )
     for probe, name in TEXTS.items():
         losses, errors = metric(probe, "loss"), metric(probe, "stderr")
@@ -128,9 +136,11 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
 
 
 def table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, arms as rows."""
+    """The comparison as a Markdown table, arms as rows, without minor columns."""
     columns, rows = columns_and_rows(comparison)
-    lines = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)], *rows]
+    kept = [place for place, column in enumerate(columns) if not column.minor]
+    lines = [[columns[place].heading for place in kept], ["---", *["---:"] * (len(kept) - 1)]]
+    lines += [[row[place] for place in kept] for row in rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
