@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,18 @@ from mask_the_target.front.recipes import Row
 from mask_the_target.head import evaluating
 from mask_the_target.objective import TMKL, target_masked_kl
 
+T = TypeVar("T")
 INSTALL = "pip install 'mask-the-target[front]'"
 MAX_LOGIT_ROWS = 512  # rows of the vocabulary's width that exist at a time: 100 MB for V = 49,152 in float32
 
 
 # --- running a model -------------------------------------------------------------------------------------------------
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` items spread evenly over `items`; all of them if there are fewer."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mask_the_target.front.harness import PREFIX
 from mask_the_target.front.record import write_whole
 
 Arm = Mapping[str, Any]
@@ -121,6 +122,10 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
         Column("facts, log-prob", "Share of them where the right answer is likelier than its distractors.", "higher"),
         [_percent(value) for value in metric("facts", "logprob")],
     )
+    for probe in dict.fromkeys(probe for arm in arms for probe in arm["probes"] if probe.startswith(PREFIX)):
+        found = [arm["probes"].get(probe, {}) for arm in arms]
+        for column, values in _task_columns(probe.removeprefix(PREFIX), found, base.get(probe, {})):
+            add(column, values)
     add(
         Column("KL, masked", "KL from the base on held-out answers without the target token, nats per token.", "lower"),
         [_number(value) for value in metric("drift", "masked_kl")],
@@ -133,6 +138,24 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
         [_number(value) for value in metric("drift", "full_kl")],
     )
     return columns, [list(row) for row in zip(*cells, strict=True)]
+
+
+def _task_columns(
+    task: str, found: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+) -> list[tuple[Column, list[str]]]:
+    """A task of lm-evaluation-harness: its main figure, and that less the base's, for each arm's result of it."""
+    name = next(f"{Path(task).stem} {values['metric'].removesuffix(',none')}" for values in found if values)
+    better = next(values["better"] for values in found if values)
+    scores, changes = [], []
+    for values in found:
+        score = values.get("score")
+        own = values.get("_stderr,".join(values.get("metric", ",").rsplit(",", 1)))
+        scores.append(_with_error(_number(score), _number(own)))
+        paired = "score_stderr" in values and "score" in base
+        changes.append(f"{score - base['score']:+.3f} ± {_number(values['score_stderr'])}" if paired else "")
+    meaning = f"What lm-evaluation-harness gives for its task {task}, in its unit, with its standard error."
+    change = "That figure less the base's, with its standard error over paired documents."
+    return [(Column(name, meaning, better), scores), (Column(f"{name}: change", change, better), changes)]
 
 
 def table(comparison: Mapping[str, Any]) -> str:
