@@ -164,10 +164,11 @@ def _load_registered(name: str) -> Any:
 
 
 def _load(name: str) -> Any:
-    manager, _ = _find(name)
+    manager, spec = _find(name)
+    group = None if isinstance(spec, str) else spec.get("group")  # a group's file is not loaded by its path
     try:
         with _as_it_was(progress=False):
-            loaded = manager.load([name])
+            loaded = manager.load([group or name])
     except Exception as error:  # tasks are programs: anything may come
         offline = isinstance(error, ConnectionError)
         hint = " Without a network, its data must be in the cache of 'datasets' before." if offline else ""
