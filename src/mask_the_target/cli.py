@@ -71,7 +71,11 @@ def _eval(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", default="package:smollm2", help="hub name, folder, or package:NAME")
     parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (safetensors)")
-    parser.add_argument("--probes", help="of target, text, facts, drift, by commas; default: all that apply")
+    parser.add_argument(
+        "--probes",
+        help="of target, text, facts, drift, lm_eval:TASK (or FILE.yaml), by commas; "
+        "default: all that apply but lm_eval",
+    )
     rows_from = parser.add_mutually_exclusive_group()
     rows_from.add_argument("--recipe", help="held-out pairs for target and drift: a built-in recipe's test split")
     rows_from.add_argument("--dataset", help="held-out pairs for target and drift: a data file, folder or name")
@@ -82,7 +86,7 @@ def _eval(argv: Sequence[str]) -> int:
 
     from mask_the_target.front import report
     from mask_the_target.front.backbones import find_model, load_model
-    from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair
+    from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair, load_tasks
     from mask_the_target.front.recipes import find_recipe
     from mask_the_target.front.record import versions, write_json
 
@@ -96,7 +100,8 @@ def _eval(argv: Sequence[str]) -> int:
         probes += ["drift"] if rows is not None and options.adapter is not None else []
     else:
         probes = [probe.strip() for probe in options.probes.split(",") if probe.strip()]
-    for probe in check_probes(probes):
+    probes = check_probes(probes)
+    for probe in probes:
         if probe in ("target", "drift") and rows is None:
             raise ValueError(f"The probe {probe!r} needs held-out pairs: add --recipe NAME or --dataset FILE.")
         if probe == "drift" and options.adapter is None:
@@ -105,6 +110,7 @@ def _eval(argv: Sequence[str]) -> int:
     path, config = find_model(options.model)
     if options.adapter is not None:
         check_adapter(options.adapter, config)
+    load_tasks(probes)
 
     started = time.monotonic()
     model, tokenizer = load_model(path, options.adapter)

@@ -40,7 +40,7 @@ PROBES = ("target", "text:python_docs", "text:bible", "facts", "drift")
 SIZES = {
     "quick": ProbeSizes.quick(),
     "full": ProbeSizes.full(),
-    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4),
+    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4, documents=4),
 }
 Measured = dict[str, dict[str, Any]]  # probe -> metrics and "samples"
 

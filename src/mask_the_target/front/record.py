@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mask_the_target.front.data import Data
     from mask_the_target.front.options import Settings
 
-PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
+PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm-eval")
 
 
 def write_whole(path: Path, content: bytes) -> None:

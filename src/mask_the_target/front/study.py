@@ -5,7 +5,7 @@ A study is one YAML file:
     name: arpabet
     model: package:smollm2
     recipes: [arpabet]
-    probes: [target, text, facts, drift]
+    probes: [target, text, facts, drift]   # and any task of lm-evaluation-harness: lm_eval:hellaswag
     sizes: quick                      # or full; tiny, to try a file
     methods:                          # options of mtt train; those in grid take each of their values
       ce: {method: ce, grid: {learning_rate: [5.0e-4, 1.0e-3]}}
@@ -126,7 +126,7 @@ def read_study(path: Path) -> Study:
     import yaml
 
     from mask_the_target.front.demo import SIZES
-    from mask_the_target.front.evaluate import PROBES, check_probes
+    from mask_the_target.front.evaluate import check_probes
     from mask_the_target.front.recipes import RECIPES
 
     if not path.is_file():
@@ -150,9 +150,12 @@ def read_study(path: Path) -> Study:
     given: dict[str, Any] = dict(content)
     for key in ("recipes", "probes"):
         _check_list(path, key, content[key])
-        for name in content[key]:
-            _check_known(str(name), list(RECIPES) if key == "recipes" else PROBES, key[:-1], f"{path}: {key}")
-    given["probes"] = check_probes(content["probes"])
+    for name in content["recipes"]:
+        _check_known(str(name), list(RECIPES), "recipe", f"{path}: recipes")
+    try:
+        given["probes"] = check_probes(map(str, content["probes"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: probes: {error}") from error
     for needed in ("target", "text"):
         if not any(probe.split(":")[0] == needed for probe in given["probes"]):
             raise ValueError(f"{path}: probes lacks {needed!r}: a front needs what was learned and what was kept.")

@@ -261,7 +261,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--storage", help="PostgreSQL URL shared by workers; default: SQLite in the study's folder")
     parser.add_argument("--output", type=Path, help="the study's folder; default: runs/NAME")
     options = parser.parse_args(list(argv))
+
+    from mask_the_target.front.evaluate import load_tasks
+
     study = read_study(options.study)
+    load_tasks(study.probes)
     output = options.output or Path("runs") / study.name
 
     import datasets
