@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from mask_the_target.attach import Attachment, Totals, attach, attachment_of, cache_of, unwrap
@@ -112,7 +112,7 @@ class TMKLCallback(TrainerCallback):
         self._factors, self._backpropagated, self._steps = [], 0.0, 0
         self._attachment.on_backward = self._note_backward
         if self.options.context_weight:
-            _count_context(_calling(Trainer), self._attachment)
+            _count_context(_calling_trainer(), self._attachment)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,7 +121,7 @@ class TMKLCallback(TrainerCallback):
             self._attachment.detach()
             self._attachment = None
             if self.options.context_weight:
-                vars(_calling(Trainer)).pop("get_batch_samples", None)
+                vars(_calling_trainer()).pop("get_batch_samples", None)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -260,6 +260,12 @@ def _calling(kind: type) -> Any:
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
     return None if frame is None else frame.f_locals["self"]
+
+
+def _calling_trainer() -> Any:
+    from transformers import Trainer  # slow: it loads datasets
+
+    return _calling(Trainer)
 
 
 def _count_context(trainer: Any, attachment: Attachment) -> None:
