@@ -166,6 +166,11 @@ def test_points_are_what_the_saved_adapters_give(whole: tuple[Path, list[dict[st
             *((2, 0.5, 1.0), (4, 1.0, 1.0), (4, 1.0, 0.5)),
         ]
         assert (result["learned"], result["rise"]) == (result["points"][1]["learned"], result["points"][1]["rise"])
+        # Answers of the end and of the base, side by side; nothing else that grows with the probes' sizes.
+        assert ["answers" in point["probes"]["target"] for point in result["points"]] == [False, True, False]
+        end, start = result["points"][1]["probes"]["target"]["answers"], result["base"]["target"]["answers"]
+        assert [row["question"] for row in end] == [row["question"] for row in start]
+        assert "samples" not in result["base"]["target"]
     common: dict[str, Any] = {"target_rows": "arpabet", "sizes": SIZES["tiny"]}
     probes = ["target", "text:python_docs"]
     base = evaluate_one(*load_model(str(model)), probes, **common)
