@@ -1,4 +1,4 @@
-"""Headless Chromium, spoken to over its debugging pipe: what a page does when it is opened, without a package for it."""
+"""Headless Chromium over its debugging pipe: what a page does when it is opened. No package is needed."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class Browser:
 
     def open(self, page: Path, width: int, height: int = 900, *, mobile: bool = False, dark: bool = False) -> None:
         """Open a file at this width and wait until it is loaded."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()

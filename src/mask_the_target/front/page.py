@@ -12,7 +12,7 @@ import base64
 import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from mask_the_target.front.record import write_whole
 from mask_the_target.front.report import TEXTS, Column, render
 from mask_the_target.front.results import (
     PLAIN,
-    TMKL,
     Recipe,
     Result,
     as_text,
@@ -39,26 +38,32 @@ from mask_the_target.front.results import (
 FEW_SEEDS = 5
 # -------------------------------------------------------------------------------------------------------- numbers
 
-NONE = "–"
+NONE, MINUS = "–", "−"  # a line may break after a hyphen
 
 
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return NONE
-    return f"{value:+.3f}" if sign else f"{value:.3f}"
+    return (f"{value:+.3f}" if sign else f"{value:.3f}").replace("-", MINUS)
 
 
 def _share(value: float | None, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return NONE
-    return f"{100 * value:+.1f}%" if sign else f"{100 * value:.1f}%"
+    return (f"{100 * value:+.1f}%" if sign else f"{100 * value:.1f}%").replace("-", MINUS)
+
+
+def _unbroken(setting: str) -> str:
+    """A setting in which a line breaks after a value, and not before."""
+    return setting.replace(" ", "\u00a0").replace(",\u00a0", ", ") or NONE
 
 
 def _interval(found: Mapping[str, Any], write: Any = _number, sign: bool = False) -> str:
     """Mean and 95% interval; the mean alone where there is one seed."""
     if found["low"] is None:
         return write(found["mean"], sign)
-    return f"{write(found['mean'], sign)} [{write(found['low'], sign)}, {write(found['high'], sign)}]"
+    # The space within the brackets doesn't break.
+    return f"{write(found['mean'], sign)} [{write(found['low'], sign)},\u00a0{write(found['high'], sign)}]"
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,9 @@ def figures_table(recipe: Recipe) -> Table:
     """`fronts.compare` as a table: one row for each method."""
     box, methods = recipe.box, recipe.figures
     rows = list(methods.values())
-    columns = [
-        (METHOD, list(methods)),
-        (Column("trials", "Runs, over all settings and seeds."), [str(row["trials"]) for row in rows]),
-        (
-            Column("failed", "Of these, runs that gave no usable end; see the reasons below."),
-            [str(row["failed"]) for row in rows],
-        ),
-    ]
+    columns = [(METHOD, list(methods))]
     if box is not None:
         columns += [
-            (Column("seeds", "Seeds with a measured point."), [str(row["hypervolume"]["n"]) for row in rows]),
             (
                 Column(
                     "hypervolume",
@@ -123,6 +120,15 @@ def figures_table(recipe: Recipe) -> Table:
             )
             column = Column(f"learned, losing ≤ {tolerance:.0%}", meaning, "higher")
             columns.append((column, [_interval(row["learned_within"][tolerance], _share) for row in rows]))
+        seeds = [str(len(unique(r["seed"] for r in recipe.of(name) if points_of([r])))) for name in methods]
+        columns.append((Column("seeds", "Seeds with a measured point."), seeds))
+    columns += [
+        (Column("trials", "Runs, over all settings and seeds."), [str(row["trials"]) for row in rows]),
+        (
+            Column("failed", "Of these, runs that gave no usable end; the reasons are at the end of the page."),
+            [str(row["failed"]) for row in rows],
+        ),
+    ]
     return Table.of(columns)
 
 
@@ -151,7 +157,7 @@ def _ended(recipe: Recipe) -> dict[tuple[str, str], list[Result]]:
 def _first_columns(groups: Mapping[tuple[str, str], Sequence[Result]]) -> list[tuple[Column, list[str]]]:
     return [
         (METHOD, [method for method, _ in groups]),
-        (SETTING, [setting or NONE for _, setting in groups]),
+        (SETTING, [_unbroken(setting) for _, setting in groups]),
         (SEEDS, [str(len(results)) for results in groups.values()]),
         (
             Column("target loss", "Loss on held-out answers of the task at the end, nats per token.", "lower"),
@@ -199,6 +205,7 @@ KEPT = {  # probe and metric: heading, meaning, how it is written, which way is 
         _share,
         "lower",
     ),
+    ("target", "chrf"): ("chrF", "Overlap of character n-grams with the right answers, 0 to 100.", _number, "higher"),
     ("facts", "greedy"): (
         "facts, greedy",
         "Share of questions of general knowledge whose greedy answer names the fact.",
@@ -224,7 +231,16 @@ KEPT = {  # probe and metric: heading, meaning, how it is written, which way is 
         "",
     ),
 }
-COUNTS = ("n", "tokens", "answered")
+COUNTS = ("n", "tokens", "answered", "answer_tokens")
+
+
+def _metrics(probes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Probe and metric of the figures to show; of a probe with a score, that alone."""
+    for probe, values in probes.items():
+        for metric, value in values.items():
+            figure = type(value) in (int, float) and metric not in COUNTS and not metric.endswith("stderr")
+            if (metric == "score" or "score" not in values) and figure and (probe, metric) != ("target", "loss"):
+                yield probe, metric
 
 
 def probes_table(recipe: Recipe) -> Table:
@@ -238,16 +254,12 @@ def probes_table(recipe: Recipe) -> Table:
         )
     ]
     ends = [[end_of(result)["probes"] for result in results] for results in groups.values()]
-    names = unique(
-        (probe, metric)
-        for probes in [base, *(probes for group in ends for probes in group)]
-        for probe, metrics in probes.items()
-        for metric, value in metrics.items()
-        if isinstance(value, (int, float)) and metric not in COUNTS and not metric.endswith("stderr")
-        if (probe, metric) != ("target", "loss")
-    )
-    for probe, metric in names:
-        heading, meaning, write, better = KEPT.get((probe, metric), (f"{probe}: {metric}", "As named.", _number, ""))
+    states = [base, *(probes for group in ends for probes in group)]
+    for probe, metric in unique(found for probes in states for found in _metrics(probes)):
+        values = next(probes[probe] for probes in states if metric in probes.get(probe, {}))
+        name, better = values.get("metric", metric), values.get("better", "")
+        unknown = (f"{probe}: {name}", f"The figure {name} of the probe {probe}, in its own unit.", _number, better)
+        heading, meaning, write, better = KEPT.get((probe, metric), unknown)
         if probe.startswith("text:") and metric == "loss":
             name = TEXTS.get(probe, probe.removeprefix("text:"))
             heading, better = f"{name} loss", "lower"
@@ -267,7 +279,7 @@ def front_table(recipe: Recipe) -> Table:
             result = by_key[p.key]
             state = [f"{p.checkpoint:.0%}", f"{p.scale:g}"]
             numbers = [_number(p.loss), _number(p.rise, sign=True), _share(math.expm1(p.rise), sign=True)]
-            rows.append([method, recipe.setting(result) or NONE, str(result["seed"]), *state, *numbers])
+            rows.append([method, _unbroken(recipe.setting(result)), str(result["seed"]), *state, *numbers])
     columns = [
         METHOD,
         SETTING,
@@ -338,15 +350,17 @@ def sentences(recipe: Recipe) -> list[str]:
         found += _verdict(methods)
     if box is not None:
         seeds = unique(result["seed"] for result in recipe.results)
-        most = max(figures["hypervolume"]["n"] for figures in methods.values())
+        fewest = min((figures["hypervolume"]["n"] for figures in methods.values() if figures["front"]), default=0)
         if len(seeds) == 1:
             found.append(
                 f"Only one seed ({seeds[0]}) was run, so there are no intervals: a difference between two methods may "
                 "be chance."
             )
-        elif 1 < most < FEW_SEEDS:
+        elif fewest == 1:
+            found.append("Where a method has a single seed, there is no interval: a difference may be chance.")
+        elif 1 < fewest < FEW_SEEDS:
             found.append(
-                f"With {most} seeds a bootstrap interval is too narrow: it can be no wider than from the lowest seed "
+                f"With {fewest} seeds a bootstrap interval is too narrow: it can be no wider than from the lowest seed "
                 "to the highest."
             )
     every = [point for result in recipe.results for point in result["points"]]
@@ -442,7 +456,7 @@ def samples(recipe: Recipe) -> list[dict[str, Any]]:
 
     Shown are plain CE and TMKL, each by its run that learned most at its end; without them, the first two methods.
     """
-    wanted = [PLAIN, recipe.named(TMKL, "tmkl")]
+    wanted = [PLAIN, recipe.tmkl]
     runs = []
     for method in [name for name in wanted if name in recipe.methods] or recipe.methods[:2]:
         ended = [result for result in recipe.of(method) if end_of(result) is not None]
@@ -483,21 +497,26 @@ style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'no
 h1, h2, h3, p, li { overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1.5rem; }
 h3 { font-size: 1.05rem; margin-top: 2rem; }
+body { max-width: 70rem; }
+.scroll th, .scroll td { white-space: normal; padding: .35rem .6rem; }
 thead th { vertical-align: bottom; font-size: .9em; }
 td.word, th.word { text-align: left; }
+td.word + td.word { min-width: 11rem; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--ground); }
 .plot { background: #fff; border: 1px solid var(--line); border-radius: 6px; margin: 1rem 0; overflow: hidden; }
 details { margin: .6rem 0 1.2rem; } summary { cursor: pointer; color: var(--mark); }
 dl { margin: .5rem 0; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; color: var(--dim); }
 .sample { border-top: 1px solid var(--line); padding: .7rem 0; }
+.plain td:first-child { min-width: 7rem; }
 .sample p { margin: .1rem 0; white-space: pre-wrap; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .3rem 1.5rem; }
+.answers .label { display: block; font-weight: 600; }
 .label { color: var(--dim); font-size: .85em; }
 button { font: inherit; padding: .2rem .7rem; }
 @media (max-width: 640px) {
   body { padding: 1rem .75rem; font-size: 15px; } .plot { margin: 1rem -.4rem; }
-  th, td { padding: .3rem .5rem; }
-  .scroll th:first-child, .scroll td:first-child { max-width: 8.5rem; white-space: normal; overflow-wrap: anywhere; }
+  .scroll th, .scroll td { padding: .3rem .45rem; } td.word + td.word { min-width: 8rem; }
+  .scroll th:first-child, .scroll td:first-child { max-width: 7rem; overflow-wrap: break-word; }
 }
 </style>
 </head>
@@ -541,7 +560,8 @@ the fronts{% endif %}.</p></noscript>
 {{ plot(recipe.fronts, "Target loss against rise of text loss; the tables below hold the numbers") }}
 <p class="dim">Left is more learned, down is more kept. Lines join the points of a method's front over all settings,
 seeds, checkpoints and scales; faint markers are its other points. Point at a marker, or tap it, for what it is.
-{% if recipe.box %}The dotted rectangle spans base and plain CE at its best.{% endif %}</p>
+{% if recipe.box %}The dotted rectangle spans base and plain CE at its best.{% endif %} The thin lines are 1% and 5%
+more perplexity than the base's.</p>
 {% endif %}
 {% if recipe.points %}
 <h3>The fronts in numbers</h3>
@@ -572,7 +592,7 @@ Of each method the run that learned most at its end. Greedy, the same questions 
 <p><span class="label">question</span> {{ row.question }}</p>
 <p><span class="label">right answer</span> {{ row.right }}</p>
 <div class="answers">{% set which = part.names %}{% for answer in row.answers %}<p><span class="label">\
-{{ which[loop.index0][0] }}</span> {{ "not asked" if answer is none else answer or "(nothing)" }}</p>{% endfor %}</div>
+{{ which[loop.index0][0] }}</span>{{ "not asked" if answer is none else answer or "(nothing)" }}</p>{% endfor %}</div>
 </div>
 {% endfor %}
 {% endfor %}
@@ -589,7 +609,9 @@ Of each method the run that learned most at its end. Greedy, the same questions 
 {% endfor %}
 <h2>Failed trials</h2>
 {% if failed %}
-<table class="plain"><thead><tr><td>trial</td><td>setting</td><td>reason</td></tr></thead><tbody>
+<table class="plain">
+<thead><tr>{% for name in ("trial", "setting", "reason") %}<th scope="col" class="word">{{ name }}</th>{% endfor %}</tr>
+</thead><tbody>
 {% for row in failed %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 {% else %}<p>None.</p>{% endif %}
@@ -616,10 +638,14 @@ window.addEventListener("resize", () => { if (size() !== drawn) draw(); });
 for (const button of document.querySelectorAll("button[data-plot]")) {
   button.addEventListener("click", () => {
     const name = button.dataset.plot, all = button.textContent === "Show all";
-    const {xaxis, yaxis} = plots[name].layout;
-    Plotly.relayout(name, all ? {"xaxis.autorange": true, "yaxis.autorange": true}
-      : {"xaxis.range": [...xaxis.range], "yaxis.range": [...yaxis.range]});
-    button.textContent = all ? "Show the fronts" : "Show all";
+    const change = {};
+    for (const [axis, settings] of Object.entries(plots[name].layout)) {
+      if (!/^[xy]axis/.test(axis)) continue;
+      if (all) change[axis + ".autorange"] = true;
+      else change[axis + ".range"] = [...settings.range];
+    }
+    Plotly.relayout(name, change);
+    button.textContent = all ? "Show fewer" : "Show all";
   });
 }
 draw();
@@ -694,7 +720,7 @@ def to_html(title: str, recipes: Sequence[Recipe], styles: Mapping[str, Style], 
     failed = [result for result in results if result["status"] == "failed"]
     shown, parts = {}, []
     for place, recipe in enumerate(recipes):
-        drawn, lines = drawn_fronts(recipe, styles), curves(recipe)
+        drawn = drawn_fronts(recipe, styles)
         box, methods = recipe.box, recipe.figures
         part: dict[str, Any] = {
             "name": recipe.name,
@@ -711,9 +737,8 @@ def to_html(title: str, recipes: Sequence[Recipe], styles: Mapping[str, Style], 
         if drawn is not None:
             part["fronts"] = f"fronts{place}"
             shown[part["fronts"]] = plots.plot_fronts(drawn)
-        if lines:
             part["curves"] = f"curves{place}"
-            shown[part["curves"]] = plots.plot_curves(lines, styles)
+            shown[part["curves"]] = plots.plot_curves(curves(recipe), drawn)
         parts.append(part)
     far = {
         recipe.name: Dot(box.base_loss, box.worst_rise, [recipe.name])
@@ -770,7 +795,10 @@ def write_report(study: Path, page: Path | None = None) -> list[Path]:
     results = read_results(study)
     names = unique(result["recipe"] for result in results)
     recipes = [Recipe(name, [result for result in results if result["recipe"] == name]) for name in names]
-    methods = sorted(unique(result["method"] for result in results), key=lambda name: (name != PLAIN, name))
+    # The methods that are looked for first get the styles that differ most.
+    chosen = [name for recipe in recipes for name in (PLAIN, recipe.tmkl, recipe.full_kl)]
+    names = unique(result["method"] for result in results)
+    methods = unique([*(name for name in chosen if name in names), *names])
     styles = {name: Style.of(place) for place, name in enumerate(methods)}
     pictures = {recipe.name: drawn for recipe in recipes if (drawn := drawn_fronts(recipe, styles)) is not None}
     picture, table = page.with_suffix(".png"), page.with_suffix(".csv")

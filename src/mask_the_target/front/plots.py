@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mask_the_target.front.fronts import TOLERANCES, Box
 
 INK, DIM, LINE = "#1f2430", "#5b6272", "#c9ced8"
@@ -73,18 +75,22 @@ class Fronts:
         kept = [self.base, *itertools.chain(*self.fronts.values())]
         if self.box is not None and not self.box.is_empty():
             kept.append(Dot(self.box.best_loss, self.box.worst_rise))
-        area = []
-        for axis in ("x", "y"):
-            core, whole = ([getattr(dot, axis) for dot in dots] for dots in (kept, everything))
-            span = max(core) - min(core) or 1.0
-            # One run that went astray would leave no room for the fronts.
-            low, high = max(min(whole), min(core) - 0.3 * span), min(max(whole), max(core) + 0.3 * span)
-            margin = 0.06 * ((high - low) or 1.0)
-            area.append((low - margin, high + margin))
-        object.__setattr__(self, "area", tuple(area))
-        (x0, x1), (y0, y1) = area
+        sides = [[[getattr(dot, axis) for dot in dots] for dots in (kept, everything)] for axis in ("x", "y")]
+        object.__setattr__(self, "area", tuple(_range(*side) for side in sides))
+        (x0, x1), (y0, y1) = self.area
         hidden = [dot for dot in everything if not (x0 <= dot.x <= x1 and y0 <= dot.y <= y1)]
         object.__setattr__(self, "outside", len(hidden))
+
+
+def _range(core: Sequence[float], whole: Sequence[float]) -> tuple[float, float]:
+    """What an axis shows: all of the core, and as much of the whole as is near it.
+
+    One run that went astray would leave no room for the others.
+    """
+    span = max(core) - min(core) or 1.0
+    low, high = max(min(whole), min(core) - 0.3 * span), min(max(whole), max(core) + 0.3 * span)
+    margin = 0.06 * ((high - low) or 1.0)
+    return low - margin, high + margin
 
 
 def place_labels(
@@ -103,7 +109,7 @@ def place_labels(
     def pixels(point: tuple[float, float]) -> tuple[float, float]:
         return (point[0] - x0) / (x1 - x0) * size[0], (point[1] - y0) / (y1 - y0) * size[1]
 
-    dark = [pixels(point) for point in [*itertools.chain(*lines.values()), *ink]]
+    dark = np.array([pixels(point) for point in [*itertools.chain(*lines.values()), *ink]]).reshape(-1, 2)
     taken: list[tuple[float, float, float, float]] = []
     found = {}
     for name, points in lines.items():
@@ -118,7 +124,9 @@ def place_labels(
             cost = 0.15 * distance
             cost += 1000 * (left < 0 or right > size[0] or low < 0 or top > size[1])
             cost += 300 * sum(left < r and l < right and low < t and b < top for l, r, b, t in taken)  # noqa: E741
-            cost += 4 * sum(left < px < right and low < py < top for px, py in dark)
+            if best is not None and cost >= best[0]:
+                continue
+            cost += 4 * int(np.all((dark > (left, low)) & (dark < (right, top)), axis=1).sum())
             if best is None or cost < best[0]:
                 best = (cost, (*point, dx, dy), (left, right, low, top))
         if best is not None:
@@ -222,12 +230,14 @@ def _layouts(names: Sequence[str], axes: Mapping[str, Any], height: int = 0) -> 
     }
     found: dict[str, Any] = {"layout": layout}
     for kind, (width, inner) in SIZES.items():
-        # The legend's entries are as wide as the longest.
-        per_row = max(1, int(width / (60 + 8 * max(map(len, names), default=1))))
-        legend = 22 * math.ceil(len(names) / per_row) + 12
+        rows, used = min(1, len(names)), 0.0
+        for name in names:
+            entry = 54 + 7.5 * len(name)
+            rows, used = (rows + 1, entry) if used + entry > width and used else (rows, used + entry)
+        legend = 22 * rows + 12
         found[kind] = {
             "height": inner + height + 70 + legend,
-            "margin": {"l": 56, "r": 12, "t": 14, "b": 56 + legend},
+            "margin": {"l": 56, "r": 30, "t": 14, "b": 56 + legend},
             "dragmode": "zoom" if kind == "wide" else False,  # a finger scrolls the page
             "annotations": [],
         }
@@ -265,9 +275,8 @@ def plot_fronts(drawn: Fronts) -> dict[str, Any]:
         if area[1][0] < y < area[1][1]:
             place = {"xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
             shapes.append({"type": "line", **place, "line": {"color": LINE, "width": 1}, "layer": "below"})
-            text = {"text": f"{tolerance:.0%} of perplexity lost", "font": {"size": 11, "color": DIM}}
-            marks.append({**text, "showarrow": False, "xref": "paper", "x": 1, "xanchor": "right", "y": y})
-            marks[-1] |= {"yanchor": "bottom", "borderpad": 0}
+            text = {"text": f"{tolerance:.0%}", "font": {"size": 11, "color": DIM}}
+            marks.append({**text, "showarrow": False, "xref": "paper", "x": 1, "xanchor": "left", "y": y})
     found["layout"]["shapes"] = shapes
     for kind, size in SIZES.items():
         found[kind]["annotations"] = [*marks, *_annotations(front_labels(drawn, size), drawn.styles)]
@@ -283,8 +292,12 @@ class Curve:
     rise: Sequence[Dot]
 
 
-def plot_curves(curves: Sequence[Curve], styles: Mapping[str, Style]) -> dict[str, Any]:
-    """Target loss above, rise of text loss below, along the run; the label is at the setting that learned most."""
+def plot_curves(curves: Sequence[Curve], drawn: Fronts) -> dict[str, Any]:
+    """Target loss above, rise of text loss below, along the run; the label is at the setting that learned most.
+
+    Both are shown as far as in the plot of the fronts.
+    """
+    styles, area = drawn.styles, drawn.area
     data: list[dict[str, Any]] = []
     best: dict[str, Curve] = {}
     for curve in curves:
@@ -294,6 +307,7 @@ def plot_curves(curves: Sequence[Curve], styles: Mapping[str, Style]) -> dict[st
         for axis, dots in (("", curve.learned), ("2", curve.rise)):
             legend = first and not axis
             trace = _trace(curve.method, style, dots, mode="lines+markers", yaxis=f"y{axis}", showlegend=legend)
+            trace["marker"] |= {"size": 7}
             data.append(trace | {"opacity": 0.85, "line": trace["line"] | {"width": 1.5}})
     found = _layouts(
         list(best),
@@ -304,17 +318,17 @@ def plot_curves(curves: Sequence[Curve], styles: Mapping[str, Style]) -> dict[st
         },
         height=180,
     )
-    for kind, (width, height) in SIZES.items():
-        for axis, side in (("", "learned"), ("2", "rise")):
-            ends = {name: [(dot.x, dot.y) for dot in getattr(curve, side)[1:]] for name, curve in best.items()}
-            every = [(dot.x, dot.y) for curve in curves for dot in getattr(curve, side)]
-            low, high = min(y for _, y in every), max(y for _, y in every)
-            margin = 0.08 * ((high - low) or 1.0)
-            area = ((-0.03, 1.06), (low - margin, high + margin))
-            found["layout"][f"yaxis{axis}"]["range"] = area[1]
-            labels = place_labels(ends, area, (width, (height + 180) * 0.46), every)
+    outside = 0
+    for axis, side, (low, high) in (("", "learned", area[0]), ("2", "rise", area[1])):
+        lines = {name: [(dot.x, dot.y) for dot in getattr(curve, side)[1:]] for name, curve in best.items()}
+        every = [(dot.x, dot.y) for curve in curves for dot in getattr(curve, side)]
+        found["layout"][f"yaxis{axis}"]["range"] = (low, high)
+        outside += sum(not low <= y <= high for _, y in every)
+        lines = {name: [point for point in points if low <= point[1] <= high] for name, points in lines.items()}
+        for kind, (width, height) in SIZES.items():
+            labels = place_labels(lines, ((-0.03, 1.06), (low, high)), (width, (height + 180) * 0.46), every)
             found[kind]["annotations"] += _annotations(labels, styles, axis)
-    return found | {"data": data, "outside": 0}
+    return found | {"data": data, "outside": outside}
 
 
 def plot_distance(recipes: Mapping[str, Dot]) -> dict[str, Any]:
@@ -323,7 +337,7 @@ def plot_distance(recipes: Mapping[str, Dot]) -> dict[str, Any]:
     xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
     area: Any = tuple(
         (min(values) - 0.12 * span, max(values) + 0.12 * span)
-        for values in (xs, ys)
+        for values in (xs, [0.0, *ys])
         for span in [(max(values) - min(values)) or 1.0]
     )
     data = [
@@ -368,7 +382,7 @@ def png_of_fronts(recipes: Mapping[str, Fronts]) -> bytes:
             if drawn.area[1][0] < math.log1p(tolerance) < drawn.area[1][1]:
                 axis.axhline(math.log1p(tolerance), color=LINE, linewidth=0.8, zorder=0)
                 place = (drawn.area[0][1], math.log1p(tolerance))
-                axis.text(*place, f"{tolerance:.0%} of perplexity lost ", ha="right", va="bottom", size=7, color=DIM)
+                axis.text(*place, f" {tolerance:.0%}", ha="left", va="center", size=7, color=DIM)
         for name, dots in drawn.others.items():
             style = drawn.styles[name]
             places = [dot.x for dot in dots], [dot.y for dot in dots]

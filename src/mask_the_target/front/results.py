@@ -125,7 +125,7 @@ class Recipe:
     def measured(self, method: str) -> bool:
         return bool(points_of(self.of(method)))
 
-    def named(self, objective: Mapping[str, Any], name: str) -> str | None:
+    def _named(self, objective: Mapping[str, Any], name: str) -> str | None:
         """The measured method of this objective: the one with this name, or the first that its options make it."""
         fitting = [
             method
@@ -136,7 +136,13 @@ class Recipe:
 
     @property
     def full_kl(self) -> str | None:
-        return self.named(FULL_KL, "full_kl")
+        """The method that is full-vocabulary KL, if one was measured."""
+        return self._named(FULL_KL, "full_kl")
+
+    @property
+    def tmkl(self) -> str | None:
+        """The method that is target-masked KL, if one was measured."""
+        return self._named(TMKL, "tmkl")
 
     @cached_property
     def _compared(self) -> dict[str, Any]:
