@@ -59,22 +59,22 @@ def trial(
     keep: float = 0.0,
     wobble: float = 0.0,
     options: dict[str, Any] | None = None,
-    answer: str = "",
 ) -> dict[str, Any]:
     """A trial that learns towards 0.8 and loses text; `keep` in [0, 1) is how much of that loss is prevented."""
     base = probes(base_loss, (0.0, 0.0), "The base doesn't know.", None)
     speed = setting.get("learning_rate", 1e-3) / 1e-3
+    key = f"{recipe}-{method}-seed{seed}-{'-'.join(map(str, setting.values()))}"
     points = []
     for checkpoint, step, scale in STATES:
         done = (1 - math.exp(-3 * checkpoint * (0.5 + 0.5 * speed))) * scale**0.7
         learned = base_loss - (base_loss - 0.8) * done * (1 - 0.06 * keep) + wobble
         rise = 0.12 * base_loss * done**2 * speed * (1 - keep) * (1 + wobble)
-        found = probes(learned, (rise * 1.2, rise * 0.8), answer or f"{method} answers", 3 * rise)
+        found = probes(learned, (rise * 1.2, rise * 0.8), f"{key} answers", 3 * rise)
         end = (checkpoint, scale) == (1.0, 1.0)
         state = {"checkpoint": checkpoint, "step": step, "scale": scale, "learned": learned, "rise": rise}
         points.append(state | {"probes": found if end else without_answers(found)})
     return {
-        "key": f"{recipe}-{method}-seed{seed}-{'-'.join(map(str, setting.values()))}",
+        "key": key,
         "recipe": recipe,
         "method": method,
         "setting": setting,

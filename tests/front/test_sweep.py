@@ -189,6 +189,19 @@ def test_points_are_what_the_saved_adapters_give(whole: tuple[Path, list[dict[st
     assert set(compare(results)) == {"arpabet"}
 
 
+def test_the_page_of_a_real_study(whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    for package in ("plotly", "matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    assert main(["report", str(whole[0]), "--output", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    figures = compare(whole[1])["arpabet"]["methods"]["tmkl"]
+    assert f"{figures['hypervolume']['mean']:.3f}".replace("-", "−") in text
+    for answer in whole[1][0]["points"][1]["probes"]["target"]["answers"]:
+        assert answer["right"] in text
+    assert len((tmp_path / "page.csv").read_text(encoding="utf-8").splitlines()) == 1 + 9
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
 def test_again_runs_nothing_and_more_seeds_only_the_new_ones(
     whole: tuple[Path, list[dict[str, Any]]], model: Path, tmp_path: Path
 ) -> None:

@@ -193,7 +193,7 @@ def paper_table(recipe: Recipe) -> Table:
             f"1 - ({name} of this run / that of {PLAIN} with the same seed and the same values of what varies among "
             f"{PLAIN}'s runs), mean over seeds and bootstrap 95% interval."
         )
-        columns.append((Column("prevented", meaning, "higher"), shares))
+        columns.append((Column(f"{name}: prevented", meaning, "higher"), shares))
     return Table.of(columns, texts=2)
 
 
@@ -566,7 +566,8 @@ more perplexity than the base's.</p>
 {% if recipe.points %}
 <h3>The fronts in numbers</h3>
 {{ numbers(recipe.figures) }}
-<details><summary>The {{ recipe.on_front.rows | length }} points of the fronts</summary>
+{% set count = recipe.on_front.rows | length %}
+<details><summary>The {{ "one point" if count == 1 else count ~ " points" }} of the fronts</summary>
 {{ numbers(recipe.on_front) }}</details>
 {% endif %}
 {% if recipe.paper.rows %}
