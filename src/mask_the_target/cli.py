@@ -23,6 +23,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
   mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
+  mtt report STUDY                   a study's page: fronts, figures with intervals, curves and answers; PNG and CSV
   mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
@@ -51,6 +52,12 @@ def _demo(argv: Sequence[str]) -> int:
 
 def _sweep(argv: Sequence[str]) -> int:
     from mask_the_target.front.sweep import main
+
+    return main(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from mask_the_target.front.page import main
 
     return main(argv)
 
@@ -249,6 +256,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "demo": _demo,
     "sweep": _sweep,
+    "report": _report,
     "diagnostic": _diagnostic,
 }
 

@@ -15,7 +15,7 @@ from test_probes import character_tokenizer, rows, toy
 
 from conftest import toy_llama, with_lora
 from mask_the_target.base import adapters_off
-from mask_the_target.front import evaluate, probes
+from mask_the_target.front import evaluate, facts, probes
 from mask_the_target.front.evaluate import (
     ProbeSizes,
     add_paired_errors,
@@ -58,6 +58,20 @@ def test_a_pair_holds_every_probe_of_both_states() -> None:
     )
     assert {"greedy_stderr", "logprob_stderr"} <= set(found["adapted"]["facts"])
     _check_answers(found, model, tokenizer, evenly(data, 4))
+
+    # A few of the answers that the scores are made of, to the same questions in both.
+    answered = evenly(data, 4)
+    with adapters_off(model):
+        answers = probes.greedy_answers(model, tokenizer, [row["prompt"] for row in answered], 4)
+    assert base["answers"] == [
+        {"question": row["prompt"][-1]["content"], "right": probes.completion_text(row), "answer": answer}
+        for row, answer in zip(answered, answers, strict=True)
+    ]
+    for probe in ("target", "facts"):
+        asked = [[(row["question"], row["right"]) for row in found[state][probe]["answers"]] for state in found]
+        assert asked[0] == asked[1]
+    questions = evenly(facts.questions(limit=2), evaluate.SHOWN)
+    assert asked[0] == [(question.text, question.answer) for question in questions]
     assert found["base"]["facts"]["n"] == 2 * len(FACTS)
     assert found["base"]["target"]["n"] == 10
     assert found["base"]["target"]["answered"] == 4

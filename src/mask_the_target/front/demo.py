@@ -238,7 +238,7 @@ def _compare(
         if arm != "base":
             add_paired_errors(found, measured["base"])
         metrics = {
-            probe: {key: value for key, value in values.items() if key not in ("samples", "seconds")}
+            probe: {key: value for key, value in values.items() if key not in ("samples", "answers", "seconds")}
             for probe, values in found.items()
         }
         arms.append({"name": MEASURED[arm], "probes": metrics})

@@ -1,7 +1,8 @@
 """What a model has learned and what it has kept, as one table of numbers.
 
 Results are plain dicts that JSON can hold: {probe: {metric: value}}. Each probe also lists its "samples", one value per
-row, window or question, so that any two results of the same probes, sizes and precision can be compared in pairs.
+row, window or question, so that any two results of the same probes, sizes and precision can be compared in pairs. Where
+questions are answered, "answers" shows a few: [{"question", "right", "answer"}, ...], of the same questions in each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
 # Samples that are sums over a row's tokens: the standard error that they give, and the count that divides their total.
 PER_TOKEN = {"nats": ("stderr", "tokens"), "edits": ("token_error_rate_stderr", "answer_tokens")}
+SHOWN = 5  # answers to look at
 Result = dict[str, dict[str, Any]]
 
 
@@ -276,6 +278,7 @@ def _target(
         "answered": len(answered),
         "answer_tokens": answer_tokens,
         "samples": {"nats": loss.sums, "exact_match": exact, "edits": edits},
+        "answers": _shown([measure.question_text(row) for row in answered], references, answers),
     }
 
 
@@ -293,4 +296,11 @@ def _facts(
         kind: scores([place for place, other in enumerate(found.kinds) if other == kind])
         for kind in dict.fromkeys(found.kinds)
     }
-    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples}
+    asked, right = zip(*((question.text, question.answer) for question in found.questions), strict=True)
+    shown = _shown(asked, right, found.answers)
+    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples, "answers": shown}
+
+
+def _shown(questions: Sequence[str], right: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    whole = list(zip(questions, right, answers, strict=True))
+    return [dict(zip(("question", "right", "answer"), row, strict=True)) for row in evenly(whole, SHOWN)]

@@ -207,6 +207,12 @@ def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     return tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
+def question_text(row: Row) -> str:
+    """What a prompt-completion row asks: its plain prompt, or the last turn of its messages."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def completion_text(row: Row) -> str:
     """The right answer of a prompt-completion row."""
     completion = row["completion"]

@@ -270,13 +270,7 @@ def _svg(comparison: Mapping[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ page
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
+STYLE = """\
 :root { color-scheme: light dark; --ink: #1f2430; --dim: #5b6272; --line: #d5d9e0; --ground: #fff; --mark: #0f766e; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8ec; --dim: #a3aaba; --line: #3a4050; --ground: #171a21; --mark: #5eead4; }
@@ -293,6 +287,15 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 em { color: var(--mark); font-style: normal; }
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+{{ style }}
 </style>
 </head>
 <body>
@@ -348,9 +351,17 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def render(template: str, **values: Any) -> str:
+    """A page of STYLE from a Jinja template; every value is escaped, unless it is Markup."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+    return page.render(style=Markup(STYLE), **values)
+
+
 def write_html(comparison: Mapping[str, Any], path: Path) -> None:
     """One self-contained page: no script, no font, no link to load; every value is escaped."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
     columns, rows = columns_and_rows(comparison)
@@ -363,8 +374,8 @@ def write_html(comparison: Mapping[str, Any], path: Path) -> None:
         },
         "Versions": comparison.get("versions", {}),
     }
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    text = page.render(
+    text = render(
+        PAGE,
         title=str(comparison.get("title", "What was learned, what was kept")),
         summary=summary(comparison),
         columns=columns,
