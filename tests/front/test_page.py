@@ -551,6 +551,7 @@ def test_hostile_text_is_text(tmp_path: Path, tables: Tables) -> None:
     for part in ("question", "right", "answer", "recipe", "reason"):
         assert f"{HOSTILE} {part}" in found.text
     assert f"{LINK}option {LINK}value" in found.text.replace("\u00a0", " ")
+    assert "<" not in found.scripts[0]  # the plots' JSON ends nowhere before its end
     notes = json.loads(found.scripts[0])["fronts0"]["wide"]["annotations"]
     assert not [note for note in notes if "<" in note["text"]]  # plotly would make a link of it
     with (tmp_path / "report.csv").open(newline="") as file:
