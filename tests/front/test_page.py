@@ -10,6 +10,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,17 @@ def test_refusals_before_anything_is_written(tmp_path: Path, capsys: pytest.Capt
     ):
         first.write_text(content)
         assert sentence in refused([str(folder)], capsys)
+    assert [path.name for path in folder.iterdir()] == ["results"]
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = studies.write(tmp_path, studies.study(seeds=(0,)))
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert "mtt report needs plotly. Install it with: pip install 'mask-the-target[front]'" in refused(
+        [str(folder)], capsys
+    )
     assert [path.name for path in folder.iterdir()] == ["results"]
 
 

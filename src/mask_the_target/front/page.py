@@ -831,6 +831,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("study", type=Path, help="the study's folder, where mtt sweep wrote: runs/NAME")
     parser.add_argument("--output", type=Path, help="the page's place; default: STUDY/report.html")
     options = parser.parse_args(list(argv))
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib.figure  # noqa: F401
+        import moocore  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"mtt report needs {error.name}. Install it with: pip install 'mask-the-target[front]'"
+        ) from error
     written = write_report(options.study, options.output)
     print("Written: " + ", ".join(map(str, written)) + ".")
     return 0
