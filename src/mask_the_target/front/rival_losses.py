@@ -343,11 +343,10 @@ def _contents(inputs: Any) -> list[bytes]:
 
 
 def _token_losses(
-    trainer: Any, method: str, strength: float | None, choice: Any
+    trainer: Any, method: str, strength: Any, choice: Any
 ) -> Callable[[_Rows, Any], tuple[Tensor, Tensor | None]]:
     if method == "dft":
         return lambda rows, inputs: (dft_weights(rows.ce) * rows.ce, None)
-    assert strength is not None
     if method == "eaft":
         return lambda rows, inputs: (eaft_weights(rows.logits, strength) * rows.ce, None)
     if method == "talr":
@@ -441,8 +440,7 @@ def callbacks(options: TMKLArguments) -> list[TrainerCallback]:
     """What the trainer of a rival is built with."""
     if options.method != "stable":
         return []
-    threshold = strength_of(options.method, options.rival_weight)
-    assert threshold is not None
+    threshold: Any = strength_of(options.method, options.rival_weight)
     source = TMKLCallback(TMKL(weight=0.0), base=options.base_choice(), full_kl=True)
     return [source, KLGate(source, threshold)]
 
@@ -453,12 +451,12 @@ def install(trainer: Any, options: TMKLArguments) -> None:
     `ewc` and `flow` go through the training data here. Raises ValueError with a sentence for a model that the method
     is not defined for.
     """
-    method, strength = options.method, strength_of(options.method, options.rival_weight)
+    method = options.method
+    strength: Any = strength_of(method, options.rival_weight)
     if method == "stable":
         gate = next(c for c in trainer.callback_handler.callbacks if isinstance(c, KLGate))
         _log_too(trainer, gate.terms)
     elif method in PENALTIES:
-        assert strength is not None
         _add_penalty(trainer, strength, PENALTIES[method](trainer))
     else:
         _weigh_tokens(trainer, _token_losses(trainer, method, strength, options.base))
