@@ -450,6 +450,19 @@ def test_the_gate_counts_each_step_alone_and_between_logs(config: Path, tmp_path
     assert 1 in blocked
 
 
+def test_the_gate_reads_a_cached_base(config: Path, tmp_path: Path) -> None:
+    argv = [*options("stable", 2e-3), "--max_steps", "6"]  # an epoch is four: the cache is read
+    plain, expected = trained(config, tmp_path / "plain", *argv)
+    cached, found = trained(
+        config, tmp_path / "cached", *argv, "--base", "cached", "--cache_folder", str(tmp_path / "cache")
+    )
+    assert same(found, expected)
+    assert cached["method"] == plain["method"]
+    blocked = [[e["blocked"] for e in record["log_history"] if "blocked" in e] for record in (plain, cached)]
+    assert blocked[0] == blocked[1]
+    assert {0, 1} <= set(blocked[0])
+
+
 class Stub(SimpleNamespace):
     """What the gate reads of an attached model: the running sums."""
 

@@ -61,7 +61,11 @@ def top_directions(weight: Tensor, rank: int) -> Tensor:
 
 
 def dft_weights(ce: Tensor) -> Tensor:
-    """DFT: the target's probability, `[n] -> [n]`. It undoes the 1/p in the gradient of log p."""
+    """DFT: the target's probability, `[n] -> [n]`. It undoes the 1/p in the gradient of log p.
+
+    What is left is the gradient of `-p`: targets that the model finds unlikely are hardly learned, and on data far from
+    the base the logged CE may rise.
+    """
     return (-ce.detach()).exp()
 
 
@@ -382,9 +386,10 @@ class KLGate(TrainerCallback):
     anchors, is within a budget. "Mask the Target" compares it, for one run, as "updates gated by full KL" and doesn't
     say what an update is. Here it is an optimiser step, and the KL is that of the step's own supervised tokens before
     it: their forward is there anyway. A blocked step leaves weights and the optimiser's moments as they are; the
-    schedule of the learning rate goes on. STABLE's other mode, scaling an adapter until it fits, is scaling after
-    training. The KL is in nats over the base's full distribution; its code estimates the reverse one from samples, in
-    bits.
+    schedule of the learning rate goes on. Nothing brings the KL down again: the step that crosses the threshold is
+    taken, and afterwards only batches that lie below it move the weights. STABLE's other mode, scaling an adapter until
+    it fits, is scaling after training. The KL is in nats over the base's full distribution; its code estimates the
+    reverse one from samples, in bits.
 
     Args:
         source: attached with weight 0 and `full_kl`: the loss is plain cross-entropy, and the KL is measured.
