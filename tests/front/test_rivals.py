@@ -440,14 +440,18 @@ def test_stables_gate_blocks_whole_steps(config: Path, tmp_path: Path) -> None:
 
 
 def test_the_gate_counts_each_step_alone_and_between_logs(config: Path, tmp_path: Path) -> None:
-    """Logged every other step, so that the KL of a step is a difference of running sums."""
-    argv = ["--max_steps", "4"]
-    record, every = trained(config, tmp_path / "every", *options("stable", 2e-3), *argv)
-    _, other = trained(config, tmp_path / "other", *options("stable", 2e-3), *argv, "--logging_steps", "2")
+    """Logged every other step too (and the first), where the KL of a step is a difference of running sums."""
+    argv = ["--max_steps", "4", "--learning_rate", "2e-3"]
+    opened, _ = trained(config, tmp_path / "opened", *options("stable", 1e9), *argv)
+    _, second, third, fourth = (entry["full_kl"] for entry in opened["log_history"] if "full_kl" in entry)
+    threshold = (third + 3 * fourth) / 4  # above the mean of the last two, which are logged together
+    assert max(second, third) < threshold < fourth
+    record, every = trained(config, tmp_path / "every", *options("stable", threshold), *argv)
+    assert [entry["blocked"] for entry in record["log_history"] if "blocked" in entry] == [0, 0, 0, 1]
+    argv += ["--logging_steps", "2"]
+    record, other = trained(config, tmp_path / "other", *options("stable", threshold), *argv)
+    assert [entry["blocked"] for entry in record["log_history"] if "blocked" in entry] == [0, 0, 0.5]
     assert same(every, other)
-    blocked = [entry["blocked"] for entry in record["log_history"] if "blocked" in entry]
-    assert 0 in blocked
-    assert 1 in blocked
 
 
 def test_the_gate_reads_a_cached_base(config: Path, tmp_path: Path) -> None:
