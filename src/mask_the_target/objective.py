@@ -178,15 +178,15 @@ def target_masked_kl(
     context_kl = None
     if options.context_weight:
         context = (labels == CONTEXT_INDEX).nonzero().squeeze(1)  # [m]
-        z_a, z_b = _statistics_dtype(logits[context]), _statistics_dtype(base_logits[context].detach())
-        context_kl = _kl(z_b.log_softmax(1), z_a.log_softmax(1))
+        z_a, z_b = widen(logits[context]), widen(base_logits[context].detach())
+        context_kl = kl_of_rows(z_b.log_softmax(1), z_a.log_softmax(1))
         if token_weights is not None:
             context_kl = context_kl * token_weights[context]
     given = labels
     rows = (labels >= 0).nonzero().squeeze(1)  # [n]
     labels = labels[rows]
-    z_a = _statistics_dtype(logits[rows])  # [n, V]
-    z_b = _statistics_dtype(base_logits[rows].detach())  # [n, V]
+    z_a = widen(logits[rows])  # [n, V]
+    z_b = widen(base_logits[rows].detach())  # [n, V]
 
     ce = F.cross_entropy(z_a, labels, reduction="none")  # [n]; an empty batch gives an empty, connected tensor
     log_mass = log_non_target_mass(z_b, labels)  # [n]
@@ -297,7 +297,8 @@ def check_labels(labels: Tensor, vocabulary: int, *, context: bool = False) -> N
         raise ValueError(f"the vocabulary has {vocabulary} token; without the target nothing would be left to compare.")
 
 
-def _statistics_dtype(logits: Tensor) -> Tensor:
+def widen(logits: Tensor) -> Tensor:
+    """In the dtype that statistics are computed in: float32, or float64 for float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -309,14 +310,14 @@ def _divergence(z_a: Tensor, z_b: Tensor, labels: Tensor, options: TMKL) -> Tens
     """Divergence of each row in nats, times the squared temperature. ``[n, V], [n, V], [n] -> [n]``."""
     log_p_a, log_p_b = (_log_probs(z / options.temperature, labels, options) for z in (z_a, z_b))
     if options.divergence == "forward":
-        value = _kl(log_p_b, log_p_a)
+        value = kl_of_rows(log_p_b, log_p_a)
     elif options.divergence == "reverse":
-        value = _kl(log_p_a, log_p_b)
+        value = kl_of_rows(log_p_a, log_p_b)
     else:
         # Where both are -inf the mixture is too; a stand-in of 0 keeps logaddexp's gradient defined (it is not used).
         nowhere = (log_p_a == -math.inf) & (log_p_b == -math.inf)
         mixture = torch.logaddexp(log_p_a.masked_fill(nowhere, 0), log_p_b.masked_fill(nowhere, 0)) - math.log(2)
-        value = (_kl(log_p_b, mixture) + _kl(log_p_a, mixture)) / 2
+        value = (kl_of_rows(log_p_b, mixture) + kl_of_rows(log_p_a, mixture)) / 2
     return value * options.temperature**2
 
 
@@ -328,7 +329,7 @@ def _log_probs(logits: Tensor, labels: Tensor, options: TMKL) -> Tensor:
     return rest.log_softmax(1) if options.renormalize else rest - logits.logsumexp(1, keepdim=True)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``sum p (log p - log q)`` of each row with ``0 log 0 = 0``; infinite where q is 0 and p is not."""
     support = log_p > -math.inf
     log_p, log_q = log_p.masked_fill(~support, 0), log_q.masked_fill(~support, 0)

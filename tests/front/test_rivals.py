@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("trl")
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from front.test_train import make_model, make_rows, one_thread, weights, write_rows  # noqa: F401
+from front.test_train import Grab, logits, make_model, make_rows, one_thread, weights, write_rows  # noqa: F401
+from mask_the_target.attach import Totals
 from mask_the_target.cli import main
-from mask_the_target.front import rivals, train
+from mask_the_target.front import rival_losses, rivals, train
 from mask_the_target.front.options import parse
+from mask_the_target.front.study import read_study
 
 STRENGTHS = {
     "ewc": 1000.0,
@@ -41,12 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def config(tmp_path: Path, model: Path) -> Path:
+def write_config(folder: Path, model: Path) -> Path:
     text = f"""
 model_name_or_path: {model}
-dataset_name: {write_rows(tmp_path / "data.jsonl", make_rows())}
-output_dir: {tmp_path / "out"}
+dataset_name: {write_rows(folder / "data.jsonl", make_rows())}
+output_dir: {folder / "out"}
 lora_r: 4
 lora_dropout: 0.0
 learning_rate: 1.0e-2
@@ -59,9 +64,14 @@ logging_steps: 1
 save_steps: 2
 disable_tqdm: true
 """
-    path = tmp_path / "sft.yaml"
+    path = folder / "sft.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    return write_config(tmp_path, model)
 
 
 def options(method: str, strength: float | None = None) -> list[str]:
@@ -87,22 +97,22 @@ def test_squared_update_is_the_whole_matrixs(rank: int, n_in: int, n_out: int, s
     torch.manual_seed(seed)
     a = torch.randn(rank, n_in, dtype=torch.float64, requires_grad=True)
     b = torch.randn(n_out, rank, dtype=torch.float64, requires_grad=True)
-    value, dense = rivals.squared_update(a, b, scaling), (scaling * b @ a).square().sum()
+    value, dense = rival_losses.squared_update(a, b, scaling), (scaling * b @ a).square().sum()
     torch.testing.assert_close(value, dense)
     torch.testing.assert_close(torch.autograd.grad(value, [a, b]), torch.autograd.grad(dense, [a, b]))
-    assert torch.autograd.gradcheck(lambda a, b: rivals.squared_update(a, b, scaling), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: rival_losses.squared_update(a, b, scaling), (a, b))
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (3, 10)])
 def test_top_directions_span_what_svd_finds(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=torch.float64)
-    found = rivals.top_directions(weight, 4)
+    found = rival_losses.top_directions(weight, 4)
     right = torch.linalg.svd(weight).Vh[: min(4, *shape)]
     torch.testing.assert_close(found @ found.T, torch.eye(len(right), dtype=torch.float64))
     torch.testing.assert_close(found.T @ found, right.T @ right)  # the same subspace, whatever its basis
     deficient = weight[:, :1] @ weight[:1]  # rank 1
-    found = rivals.top_directions(deficient, 3)
+    found = rival_losses.top_directions(deficient, 3)
     torch.testing.assert_close(found @ found.T, torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(deficient @ found.T @ found, deficient)
 
@@ -115,7 +125,7 @@ def test_token_weights_are_the_formulas(vocabulary: int, strength: float, seed: 
     probabilities = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in logits.tolist()]
     p = [row[label] for row, label in zip(probabilities, labels.tolist(), strict=True)]
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(rivals.dft_weights(ce).tolist(), p)
+    torch.testing.assert_close(rival_losses.dft_weights(ce).tolist(), p)
 
     expected = []
     for row in probabilities:
@@ -123,45 +133,50 @@ def test_token_weights_are_the_formulas(vocabulary: int, strength: float, seed: 
         top = [value / sum(top) for value in top]
         entropy = -sum(value * math.log(value) for value in top if value > 0)
         expected.append((entropy / math.log(len(top))) ** strength)
-    torch.testing.assert_close(rivals.eaft_weights(logits, strength).tolist(), expected, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(rival_losses.eaft_weights(logits, strength).tolist(), expected, atol=1e-9, rtol=1e-6)
 
     means = sorted(sum(-math.log(p[i]) for i in group) / len(group) for group in ([0, 1, 2], [3, 4], [5, 6]))
     expected = [max(0.01, value ** (1 / (strength * means[1]))) for value in p]
-    torch.testing.assert_close(rivals.talr_weights(ce, sequences, strength).tolist(), expected)
+    torch.testing.assert_close(rival_losses.talr_weights(ce, sequences, strength).tolist(), expected)
 
     losses = [-math.log(value) for value in p]
     tau = strength * sorted(losses)[3]
-    assert rivals.flow_weights(losses, strength) == pytest.approx([math.exp(-loss / tau) for loss in losses])
+    assert rival_losses.flow_weights(losses, strength) == pytest.approx([math.exp(-loss / tau) for loss in losses])
 
 
 def test_full_kl_is_the_sum_and_has_its_gradient() -> None:
     torch.manual_seed(0)
     base, adapted = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     q, p = base.softmax(1), adapted.softmax(1)
-    torch.testing.assert_close(rivals.full_kl(base, adapted), (q * (q / p).log()).sum(1))
-    assert torch.autograd.gradcheck(lambda z: rivals.full_kl(base, z), (adapted,))
+    torch.testing.assert_close(rival_losses.full_kl(base, adapted), (q * (q / p).log()).sum(1))
+    assert torch.autograd.gradcheck(lambda z: rival_losses.full_kl(base, z), (adapted,))
     nowhere = torch.tensor([[0.0, 1.0, -math.inf]])
     moved = torch.tensor([[0.0, 1.0, -math.inf]], requires_grad=True)
-    rivals.full_kl(nowhere, moved).sum().backward()
+    rival_losses.full_kl(nowhere, moved).sum().backward()
     assert moved.grad is not None
     torch.testing.assert_close(moved.grad, torch.zeros(1, 3))
 
 
 def test_no_supervised_token_gives_no_weight() -> None:
     nothing = torch.zeros(0)
-    assert rivals.talr_weights(nothing, nothing.long()).shape == (0,)
-    assert rivals.eaft_weights(torch.zeros(0, 30)).shape == (0,)
+    assert rival_losses.talr_weights(nothing, nothing.long()).shape == (0,)
+    assert rival_losses.eaft_weights(torch.zeros(0, 30)).shape == (0,)
 
 
 # ------------------------------------------------------------------------------- on a model, against the plain forward
 
 
+def built(config: Path, *argv: str) -> tuple[Any, Any]:
+    """The trainer of a run before it starts, without a rival in it, and the run's settings."""
+    settings = parse([str(config), *argv])
+    data, path = train._find_data_and_model(settings)
+    return train._build_trainer(settings, data, path, rival_losses.callbacks(settings.tmkl)), settings
+
+
 def prepared(config: Path, method: str, strength: float | None = None) -> Any:
     """A trainer with the rival in it, its adapter moved as if it had been trained, and one of its batches."""
-    settings = parse([str(config), *options(method, strength)])
-    data, path = train._find_data_and_model(settings)
-    trainer = train._build_trainer(settings, data, path, [])
-    rivals.install(trainer, settings.tmkl)
+    trainer, settings = built(config, *options(method, strength))
+    rival_losses.install(trainer, settings.tmkl)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(6)]))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -224,21 +239,23 @@ def test_loss_is_the_sum_over_tokens(config: Path, model: Path, method: str) -> 
     assert half.item() == pytest.approx(sum(losses) / len(losses) / 2, rel=1e-4)
     with pytest.raises(ValueError, match="not handed out in training"):
         trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
-    trainer.model.eval()  # what is evaluated is plain
-    with torch.no_grad():
-        assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(sum(ce) / len(ce), rel=1e-4)
+    assert plain_loss(trainer, batch) == pytest.approx(sum(ce) / len(ce))
 
 
 def plain_loss(trainer: Any, batch: Any) -> float:
+    """The mean cross-entropy, which is what the trainer evaluates, whatever it trains on."""
     tokens = by_token(trainer.model, batch)
-    return sum(-math.log(p[y]) for _, p, y in tokens) / len(tokens)
+    mean = sum(-math.log(p[y]) for _, p, y in tokens) / len(tokens)
+    trainer.model.eval()
+    with torch.no_grad():
+        assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(mean, rel=1e-4)
+    trainer.model.train()
+    return mean
 
 
 def test_ewc_is_the_fisher_weighted_distance_from_the_start(config: Path) -> None:
     trainer, batch = prepared(config, "ewc", 5.0)
-    settings = parse([str(config), "--method", "ce"])
-    data, path = train._find_data_and_model(settings)
-    fresh = train._build_trainer(settings, data, path, []).model.eval()  # the same start, by the same seed
+    fresh = built(config, "--method", "ce")[0].model.eval()  # the same start, by the same seed
     start = {name: p for name, p in fresh.named_parameters() if p.requires_grad}
     fisher = {name: torch.zeros_like(p) for name, p in start.items()}
     for row in trainer.train_dataset:
@@ -253,6 +270,28 @@ def test_ewc_is_the_fisher_weighted_distance_from_the_start(config: Path) -> Non
     loss = trainer.compute_loss(trainer.model, dict(batch))
     assert penalty > 1e-3
     assert loss.item() == pytest.approx(plain_loss(trainer, batch) + penalty, rel=1e-4)
+
+
+def test_fishers_leave_everything_as_it_was(config: Path) -> None:
+    """At the start, the only dropout is the adapter's, whose A has no Fisher: so B's is that without dropout too."""
+    trainer, _ = built(config, "--method", "ewc", "--lora_dropout", "0.5")
+    model = trainer.model.train()
+    model.base_model.model.lm_head.eval()  # a mode that isn't the whole model's
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for number, parameter in enumerate(parameters[1:]):
+        parameter.grad = torch.full_like(parameter, float(number))
+    modes = [module.training for module in model.modules()]
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    fisher = rival_losses.diagonal_fisher(trainer, parameters)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert [module.training for module in model.modules()] == modes
+    assert parameters[0].grad is None
+    assert all(bool((p.grad == number).all()) for number, p in enumerate(parameters[1:]))
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+    plain, _ = built(config, "--method", "ewc")
+    expected = rival_losses.diagonal_fisher(plain, [p for p in plain.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(fisher, expected)
 
 
 def test_l2_is_the_distance_of_the_merged_weights_from_the_base(config: Path, model: Path) -> None:
@@ -281,41 +320,53 @@ def test_olora_is_the_part_of_a_in_the_base_weights_top_directions(config: Path,
 def test_layers_that_are_not_plain_lora_are_refused(model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(ValueError, match="no LoRA layer"):
-        rivals.lora_layers(base)
+        rival_losses.lora_layers(base)
     dora = get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="q_proj is not a plain LoRA layer"):
-        rivals.lora_layers(dora)
+        rival_losses.lora_layers(dora)
 
 
 def test_a_routers_loss_is_refused(config: Path) -> None:
-    settings = parse([str(config), "--method", "dft"])
-    data, path = train._find_data_and_model(settings)
-    trainer = train._build_trainer(settings, data, path, [])
+    trainer, settings = built(config, "--method", "dft")
     trainer.aux_loss_enabled = True  # as TRL sets it for mixtures of experts
     with pytest.raises(ValueError, match="don't go with a router's auxiliary loss"):
-        rivals.install(trainer, settings.tmkl)
+        rival_losses.install(trainer, settings.tmkl)
 
 
 # ------------------------------------------------------------------------------------------------ `mtt train --method`
 
 
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("ce")
+    return trained(write_config(folder, model), folder / "out", "--method", "ce")[1]
+
+
 @pytest.mark.parametrize("method", rivals.RIVALS)
-def test_a_run_trains_with_it_and_says_so(config: Path, tmp_path: Path, method: str) -> None:
-    _, plain = trained(config, tmp_path / "ce", "--method", "ce")
-    record, found = trained(config, tmp_path / "out", *options(method))
-    assert not same(found, plain, atol=1e-4)
+def test_a_run_trains_with_it_and_says_so(
+    config: Path, tmp_path: Path, model: Path, method: str, plain_weights: dict[str, torch.Tensor]
+) -> None:
+    grab = Grab()
+    record = train.run(parse([str(config), *options(method)]), [grab])
+    assert not same(weights(tmp_path / "out"), plain_weights, atol=1e-4)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), grab.logits, rtol=0, atol=1e-6)  # plain PEFT, nothing of ours
     assert record["method"]["method"] == method
     assert record["method"].get("rival_weight") == STRENGTHS[method]
     assert ("base" in record["method"]) == (method in ("stable", "flow", "asft"))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["method"] == record["method"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert rivals.RIVALS[method].source in card
+    rival = rivals.RIVALS[method]
+    assert f"trained with {rival.title}\n" in card
+    assert rival.source in card
+    if rival.strength is not None:
+        assert f"Method: {rival.title} with rival_weight ({rival.strength}) {STRENGTHS[method]}" in card
     assert "cross-entropy" not in card
     logged = [entry for entry in record["log_history"] if "loss" in entry]
     assert len(logged) == 3
     for entry in logged:
         assert math.isfinite(entry["ce"])
-        if method in rivals.PENALTIES:
+        if method in rival_losses.PENALTIES:
             assert entry["loss"] == pytest.approx(entry["ce"] + entry["penalty"], abs=1e-4)
     if method in ("ewc", "l2"):
         assert logged[0]["penalty"] == pytest.approx(0, abs=1e-9)  # the start is the base
@@ -328,23 +379,26 @@ def test_dft_is_trls_own(config: Path, tmp_path: Path) -> None:
     assert same(found, own)
 
 
-@pytest.mark.parametrize("method", ["ewc", "l2", "olora", "dft", "eaft", "flow", "asft", "stable"])
-def test_accumulated_gradients_are_those_of_one_batch(config: Path, tmp_path: Path, method: str) -> None:
-    """Rows are of different lengths and all of one step's tokens share one denominator."""
-    rows = make_rows()
+@pytest.mark.parametrize("method", [name for name in rivals.RIVALS if name != "talr"])
+def test_eight_rows_one_by_one_are_one_batch_of_eight(config: Path, tmp_path: Path, method: str) -> None:
+    """Rows are of different lengths, all of one step's tokens share one denominator, and every other step has four."""
+    rows = make_rows(12)
     for number, row in enumerate(rows):
         row["completion"][0]["content"] += " please" * (3 * (number % 3))
     write_rows(tmp_path / "data.jsonl", rows)
-    one, found = trained(config, tmp_path / "one", *options(method))
-    argv = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"]
-    four, accumulated = trained(config, tmp_path / "four", *options(method), *argv)
+    argv = [*options(method), "--per_device_train_batch_size", "8", "--logging_steps", "2", "--max_steps", "4"]
+    one, found = trained(config, tmp_path / "one", *argv)
+    argv += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
+    eight, accumulated = trained(config, tmp_path / "eight", *argv)
     assert same(found, accumulated)
-    for one_entry, four_entry in zip(one["log_history"], four["log_history"], strict=True):
+    logged = [[entry for entry in record["log_history"] if "loss" in entry] for record in (one, eight)]
+    assert len(logged[0]) >= 2
+    for one_entry, eight_entry in zip(*logged, strict=True):
         for name in {"loss", "ce", "kl", "penalty", "blocked"} & one_entry.keys():
-            assert four_entry[name] == pytest.approx(one_entry[name], abs=2e-4), name
+            assert eight_entry[name] == pytest.approx(one_entry[name], abs=2e-4), name
 
 
-@pytest.mark.parametrize("method", ["ewc", "flow", "asft"])
+@pytest.mark.parametrize("method", ["ewc", "olora", "flow", "asft", "stable"])
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(config: Path, tmp_path: Path, method: str) -> None:
     class PressCtrlC(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -386,14 +440,66 @@ def test_stables_gate_blocks_whole_steps(config: Path, tmp_path: Path) -> None:
 
 
 def test_the_gate_counts_each_step_alone_and_between_logs(config: Path, tmp_path: Path) -> None:
-    """Logged every other step, so that the KL of a step is a difference of running sums."""
-    argv = ["--max_steps", "4"]
-    record, every = trained(config, tmp_path / "every", *options("stable", 2e-3), *argv)
-    _, other = trained(config, tmp_path / "other", *options("stable", 2e-3), *argv, "--logging_steps", "2")
+    """Logged every other step too (and the first), where the KL of a step is a difference of running sums."""
+    argv = ["--max_steps", "4", "--learning_rate", "2e-3"]
+    opened, _ = trained(config, tmp_path / "opened", *options("stable", 1e9), *argv)
+    _, second, third, fourth = (entry["full_kl"] for entry in opened["log_history"] if "full_kl" in entry)
+    threshold = (third + 3 * fourth) / 4  # above the mean of the last two, which are logged together
+    assert max(second, third) < threshold < fourth
+    record, every = trained(config, tmp_path / "every", *options("stable", threshold), *argv)
+    assert [entry["blocked"] for entry in record["log_history"] if "blocked" in entry] == [0, 0, 0, 1]
+    argv += ["--logging_steps", "2"]
+    record, other = trained(config, tmp_path / "other", *options("stable", threshold), *argv)
+    assert [entry["blocked"] for entry in record["log_history"] if "blocked" in entry] == [0, 0, 0.5]
     assert same(every, other)
-    blocked = [entry["blocked"] for entry in record["log_history"] if "blocked" in entry]
-    assert 0 in blocked
-    assert 1 in blocked
+
+
+def test_the_gate_reads_a_cached_base(config: Path, tmp_path: Path) -> None:
+    argv = [*options("stable", 2e-3), "--max_steps", "6"]  # an epoch is four: the cache is read
+    plain, expected = trained(config, tmp_path / "plain", *argv)
+    cached, found = trained(
+        config, tmp_path / "cached", *argv, "--base", "cached", "--cache_folder", str(tmp_path / "cache")
+    )
+    assert same(found, expected)
+    assert cached["method"] == plain["method"]
+    blocked = [[e["blocked"] for e in record["log_history"] if "blocked" in e] for record in (plain, cached)]
+    assert blocked[0] == blocked[1]
+    assert {0, 1} <= set(blocked[0])
+
+
+class Stub(SimpleNamespace):
+    """What the gate reads of an attached model: the running sums."""
+
+    @property
+    def attachment(self) -> Any:
+        return self
+
+
+def test_a_kl_that_is_not_a_number_is_blocked_and_a_step_without_gradients_is_refused() -> None:
+    source = Stub(totals=Totals(full_kl=torch.tensor(5.0), supervised=torch.tensor(10.0)))
+    gate = rival_losses.KLGate(source, 0.5)  # type: ignore[arg-type]
+    model = torch.nn.Linear(2, 1)
+
+    def step(kl: float, tokens: float) -> bool:
+        """Whether it is taken."""
+        gate.on_step_begin(None, None, None)
+        source.totals.full_kl, source.totals.supervised = source.totals.full_kl + kl, source.totals.supervised + tokens
+        model(torch.ones(3, 2)).sum().backward()
+        gate.on_pre_optimizer_step(None, None, None, model=model)
+        return model.weight.grad is not None
+
+    assert step(1.0, 2.0)  # equal to what is allowed
+    assert not step(1.1, 2.0)
+    assert step(0.0, 0.0)  # nothing supervised
+    source.totals = Totals()  # as logging does
+    assert step(0.9, 2.0)
+    assert not step(math.nan, 2.0)
+    assert gate.terms({}) == {"blocked": 2 / 5}
+    model.zero_grad()
+    gate.on_step_begin(None, None, None)
+    source.totals.full_kl = torch.tensor(99.0)
+    with pytest.raises(RuntimeError, match="finds no gradient to drop"):
+        gate.on_pre_optimizer_step(None, None, None, model=model)
 
 
 def test_strong_penalties_do_what_they_are_for(config: Path, tmp_path: Path) -> None:
@@ -459,7 +565,11 @@ def test_unknown_methods_and_strengths(config: Path, tmp_path: Path, capsys: pyt
         ("--method dft --use_liger_kernel true", "Remove use_liger_kernel"),
         ("--method ewc --dataset_streaming true", "Remove dataset_streaming"),
         ("--method flow --packing true", "Remove packing"),
+        ("--method talr --packing true", "talr compares whole sequences"),
+        ("--method flow --padding_free true", "flow compares whole sequences"),
         ("--method stable --fp16 true", "Use bf16"),
+        ("--method stable --adapter adalora", "AdaLoRA adds its own penalty's and prunes"),
+        ("--method stable --optim lomo", "optim is 'lomo', which steps during the backward pass"),
     ],
 )
 def test_impossible_combinations(config: Path, capsys: pytest.CaptureFixture[str], argv: str, message: str) -> None:
@@ -472,3 +582,35 @@ def test_plain_methods_record_what_they_did(config: Path, tmp_path: Path) -> Non
     assert record["method"]["tmkl_weight"] == 1.0
     record, _ = trained(config, tmp_path / "ce", "--max_steps", "1", "--method", "ce")
     assert record["method"] == {"method": "ce"}
+
+
+def test_a_study_sweeps_a_rivals_strength(config: Path, tmp_path: Path, model: Path) -> None:
+    def study(**method: Any) -> Path:
+        content = {
+            "name": "rivals",
+            "model": str(model),
+            "recipes": ["arpabet"],
+            "probes": ["target", "text:python_docs"],
+            "methods": {"ce": {"method": "ce"}, "held": method},
+            "train": {"max_steps": 4, "bf16": False},
+        }
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    for method, rival in rivals.RIVALS.items():
+        grid = {} if rival.strength is None else {"grid": {"rival_weight": [0.1, 1]}}
+        trials = read_study(study(method=method, **grid)).parts()["rivals/arpabet/held"]
+        assert [trial.options["method"] for trial in trials] == [method] * (3 if rival.strength is None else 6)
+        assert {trial.setting.get("rival_weight") for trial in trials} == ({0.1, 1} if grid else {None})
+    for bad, message in (
+        ({"method": "ecw"}, "methods.held: Unknown method 'ecw'. Did you mean 'ewc'?"),
+        ({"method": "ewc", "grid": {"rival_wieght": [1]}}, "Did you mean 'rival_weight'?"),
+        ({"method": "dft", "grid": {"rival_weight": [1]}}, "methods.held: rival_weight is 1, and method 'dft' doesn't"),
+        ({"method": "l2", "adapter": "vera"}, "methods.held: method 'l2' is defined by LoRA's update"),
+        ({"method": "ewc", "adapter": "vera"}, "methods.held: PEFT can't rescale vera"),
+        ({"method": "asft", "adapter": "pissa"}, "methods.held starts with pissa"),
+    ):
+        with pytest.raises(ValueError, match=r"study\.yaml: ") as error:
+            read_study(study(**bad))
+        assert message in str(error.value)

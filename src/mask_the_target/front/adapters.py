@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ SETTINGS = (
 )
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError, with the nearest valid name, if there is no such adapter."""
-    if name in ADAPTERS:
+def check_name(name: str, known: Sequence[str] = ADAPTERS, kind: str = "adapter") -> None:
+    """Raises ValueError, with the nearest valid name, if `name` is not among those that are `known`."""
+    if name in known:
         return
-    close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), ADAPTERS, n=1)
+    close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), known, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"Unknown adapter {name!r}. {hint}Known: {', '.join(ADAPTERS)}.")
+    raise ValueError(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(known)}.")
 
 
 def check_parts(name: str, alpha: float | None, target_parameters: list[str] | None) -> None:

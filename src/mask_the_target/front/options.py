@@ -15,22 +15,15 @@ import torch
 from mask_the_target import TMKL, CachedBase
 from mask_the_target.base import BaseChoice
 from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name, check_parts
-from mask_the_target.front.rivals import HELP, RIVALS, check_settings
+from mask_the_target.front.rivals import METHOD_HELP, METHODS, STRENGTH_HELP, check_settings
 
 
 @dataclass
 class TMKLArguments:
     """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`."""
 
-    method: str = field(
-        default="tmkl",
-        metadata={
-            "help": "tmkl: cross-entropy plus target-masked KL. ce: plain cross-entropy (TRL). Rivals: "
-            + ", ".join(f"{name} ({rival.title}, {rival.source})" for name, rival in RIVALS.items())
-            + "."
-        },
-    )
-    rival_weight: float | None = field(default=None, metadata={"help": HELP + "."})
+    method: str = field(default="tmkl", metadata={"help": METHOD_HELP})
+    rival_weight: float | None = field(default=None, metadata={"help": STRENGTH_HELP})
     tmkl_weight: float = field(default=1.0, metadata={"help": "Factor of the KL."})
     tmkl_divergence: Literal["forward", "reverse", "jsd"] = field(
         default="forward", metadata={"help": "forward is KL(base || adapted)."}
@@ -236,6 +229,7 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> None:
 
 def _check_settings(settings: Settings) -> None:
     training, model, script, tmkl = settings.training, settings.model, settings.script, settings.tmkl
+    check_name(tmkl.method, METHODS, "method")
     check_settings(settings)
     tmkl.options()
     tmkl.base_choice()

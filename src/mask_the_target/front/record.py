@@ -86,11 +86,14 @@ def new_record(settings: Settings, data: Data) -> dict[str, Any]:
     }
 
 
+FIGURES = ("loss", "ce", "kl", "full_kl", "penalty", "blocked", "eval_loss", "train_runtime")
+
+
 def last_figures(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The last value of each of the main figures that a trainer logged."""
     found: dict[str, float] = {}
     for entry in log_history:
-        found |= {k: v for k, v in entry.items() if k in ("loss", "ce", "kl", "eval_loss", "train_runtime")}
+        found |= {k: v for k, v in entry.items() if k in FIGURES}
     return found
 
 
@@ -149,13 +152,17 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
         )
     if record.get("adapter") == "sinelora":
         load = "import mask_the_target.sine_lora\n" + load
-    if record["method"]["method"] == "tmkl":
+    method = dict(record["method"])
+    kind = method.pop("method")
+    if kind == "tmkl":
         name, source = "target-masked KL (TMKL)", f"Method: Xu, Garg, Saratchandran, Lucey, {PAPER}, {LINK}."
-    elif (rival := RIVALS.get(record["method"]["method"])) is not None:
-        name, source = rival.title, f"Method: {rival.source}; a baseline of TMKL, {PAPER}, {LINK}."
+    elif (rival := RIVALS.get(kind)) is not None:
+        name, source = rival.title, f"Method: {rival.source}; a rival of TMKL, {PAPER}, {LINK}."
+        if rival.strength is not None:
+            method = {f"rival_weight ({rival.strength})": method.pop("rival_weight"), **method}
     else:
         name, source = "plain cross-entropy", f"The plain baseline of {PAPER}, {LINK}."
-    options = _listed((key.removeprefix("tmkl_"), value) for key, value in record["method"].items() if key != "method")
+    options = _listed((key.removeprefix("tmkl_"), value) for key, value in method.items())
     figures = _listed((key, f"{value:.4g}") for key, value in record["metrics"].items() if key != "train_runtime")
     return CARD.format(
         hub=f"base_model: {base}\n" if on_hub else "",

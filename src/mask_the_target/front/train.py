@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mask_the_target import TMKLCallback, attach
-from mask_the_target.front import rivals
+from mask_the_target.front import rival_losses
 from mask_the_target.front.adapters import (
     AdaLoraSteps,
     adapter_weights,
@@ -34,6 +34,7 @@ from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
 from mask_the_target.front.data import Data, check_labels, load_data
 from mask_the_target.front.options import Settings, parse
 from mask_the_target.front.record import last_figures, model_card, new_record, write_json, write_whole
+from mask_the_target.front.rivals import RIVALS
 from mask_the_target.integrations.transformers import supervised_tokens
 
 # What a resumed run must not change: it would no longer be the run that the checkpoint belongs to.
@@ -175,14 +176,14 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     ours: list[TrainerCallback] = [*callbacks, stop]
     if settings.tmkl.method == "tmkl":
         ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
-    ours += rivals.callbacks(settings.tmkl)
+    ours += rival_losses.callbacks(settings.tmkl)
     if settings.tmkl.adapter == "adalora":
         ours.append(AdaLoraSteps())
     trainer = _build_trainer(settings, data, path, ours)
     initial = adapter_weights(trainer.model) if settings.tmkl.adapter == "pissa" else None
     record["supervision"] = _check_tokenised(trainer, data)
-    if settings.tmkl.method in rivals.RIVALS:
-        rivals.install(trainer, settings.tmkl)
+    if settings.tmkl.method in RIVALS:
+        rival_losses.install(trainer, settings.tmkl)
     stop_on_bad_loss(trainer)
     main_process = trainer.is_world_process_zero()
     if main_process:
