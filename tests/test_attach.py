@@ -59,10 +59,22 @@ def test_num_items_and_shift_labels() -> None:
                 )
 
 
+def _toy_bart(init_std: float = 0.3) -> nn.Module:
+    sizes = {"vocab_size": 48, "d_model": 16, "decoder_layers": 1, "init_std": init_std, "dropout": 0.0}
+    return BartForCausalLM(BartConfig(**sizes, decoder_attention_heads=2, decoder_ffn_dim=16)).train()
+
+
+def test_an_untrained_model_shows_which_label_it_compares_with() -> None:
+    """Its two cross-entropies are within a percent of each other."""
+    model = with_lora(_toy_bart(init_std=0.002), target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="labels of the same position"), attach(model) as attachment:
+        assert not attachment.shifts_labels
+    with attach(with_lora(toy_llama(initializer_range=0.002))) as attachment:
+        assert attachment.shifts_labels
+
+
 def test_a_model_that_does_not_shift_its_labels() -> None:
-    sizes = {"vocab_size": 48, "d_model": 16, "decoder_layers": 1, "init_std": 0.3, "dropout": 0.0}
-    config = BartConfig(**sizes, decoder_attention_heads=2, decoder_ffn_dim=16)
-    base = BartForCausalLM(config).train()
+    base = _toy_bart()
     model = with_lora(copy.deepcopy(base), moved=0.2, target_modules=["q_proj", "fc1"])
     data = batch()
     own = float(model(**data).loss)

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import batch, toy_llama, with_lora
-from mask_the_target import TMKL, CachedBase, attach, context_positions, linear_target_masked_kl, target_masked_kl
+from mask_the_target import TMKL, CachedBase, attach, count_context, linear_target_masked_kl, target_masked_kl
 from mask_the_target.attach import attachment_of, unwrap
 from mask_the_target.context import context_mask, placeholders_of, sample
-from reference import context_positions as expected_positions
-from reference import distance, gradients, reference_loss
+from reference import context_positions, distance, gradients, reference_loss
 
 OPTIONS = TMKL(weight=0.5, context_weight=0.8)
 
@@ -131,7 +130,7 @@ def test_positions_are_real_followed_and_unsupervised(data: st.DataObject) -> No
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     placeholders = data.draw(st.sampled_from([(), (4,), (3, 4)]))
     found = context_mask(inputs, targets, placeholders).nonzero().tolist()
-    assert [tuple(pair) for pair in found] == expected_positions({**inputs, "labels": labels}, placeholders)
+    assert [tuple(pair) for pair in found] == context_positions({**inputs, "labels": labels}, placeholders)
 
 
 def test_positions_that_cannot_be_told_are_refused() -> None:
@@ -195,8 +194,8 @@ def test_accumulating_and_packing_change_nothing() -> None:
     def step(batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         trained = copy.deepcopy(model)
         with attach(trained, OPTIONS):
-            count = sum(context_positions(trained, data) for data in batches)
-            assert count == len(expected_positions(data))
+            count = sum(count_context(trained, data) for data in batches)
+            assert count == len(context_positions(data))
             for part in batches:
                 trained(**part, num_items_in_batch=items, num_context_in_batch=count).loss.backward()
         return {n: p.grad for n, p in trained.named_parameters() if p.requires_grad}
@@ -254,12 +253,26 @@ def test_the_cache_holds_every_context_position(tmp_path: Path, tokens: int | No
     assert (len(set(wanted)) == 1) == (tokens is None)  # other samples, from the same store
 
 
+def test_data_without_prompts_is_told_at_once_and_trains_as_without() -> None:
+    model, base = _pair()
+    data = batch()
+    data["labels"] = data["input_ids"].where(data["attention_mask"].bool(), -100)
+    assert context_positions(data) == []
+    expected = reference_loss(model, base, data, TMKL(weight=0.5))
+    with attach(model, OPTIONS):
+        assert count_context(model, data) == 0
+        with pytest.warns(UserWarning, match="the first batch has no context position"):
+            loss = model(**data).loss
+        again = model(**data, num_items_in_batch=int(expected.supervised), num_context_in_batch=0).loss
+    assert [float(loss), float(again)] == pytest.approx([float(expected.loss)] * 2, rel=1e-5)
+
+
 def test_a_denominator_that_is_missing_is_asked_for() -> None:
     model, _ = _pair()
     with attach(model, OPTIONS):
         with pytest.raises(ValueError, match="num_items_in_batch came without num_context_in_batch"):
             model(**batch(), num_items_in_batch=20)
         inner = unwrap(model)[0]
-        assert attachment_of(inner).count_context(batch()) == context_positions(model, batch())
+        assert attachment_of(inner).count_context(batch()) == count_context(model, batch())
     with pytest.raises(ValueError, match="TMKL is not attached to this model"):
-        context_positions(model, batch())
+        count_context(model, batch())

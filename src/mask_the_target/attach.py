@@ -39,7 +39,14 @@ from mask_the_target.head import (
 )
 from mask_the_target.integrations import trl
 from mask_the_target.linear import linear_rows
-from mask_the_target.objective import CONTEXT_INDEX, IGNORE_INDEX, TMKL, check_labels, denominator
+from mask_the_target.objective import (
+    CONTEXT_INDEX,
+    IGNORE_INDEX,
+    TMKL,
+    check_labels,
+    context_denominator,
+    denominator,
+)
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 from mask_the_target.rows_torch import Rows
 
@@ -154,7 +161,8 @@ class Attachment:
         self._active = True
         self._warned = False
         self._running = False
-        self._placeholders = placeholders_of(self.model)
+        self._placeholders = placeholders_of(self.model) if self.options.context_weight else ()
+        self._first_batch = True
         # Of its own, so that a sample of context positions moves no random number of the training.
         self._sampler = torch.Generator().manual_seed(torch.initial_seed())
         backbone = getattr(self.model, "base_model", None)
@@ -326,7 +334,7 @@ class Attachment:
         count, context_count = (
             torch.tensor(n, device=device) for n in (len(positions.supervised), positions.all_context)
         )
-        items, context_items = denominator(num_items, count), denominator(num_context, context_count)
+        items, context_items = denominator(num_items, count), context_denominator(num_context, context_count)
         losses = rows.loss  # summed and divided by items, they are the loss
         if context is not None:
             share = positions.all_context / max(1, len(positions.context))  # what each one of a sample stands for
@@ -349,12 +357,11 @@ class Attachment:
             trl.add_token_statistics(output, rows, count)
         return output.to_tuple() if as_tuple else output
 
-    def count_context(self, batch: Mapping[str, Any], *, shift: bool | None = None) -> int:
-        """The context positions of a batch; ``shift`` where the caller's labels are shifted in another way."""
+    def count_context(self, batch: Mapping[str, Any]) -> int:
+        """How many context positions a training batch has."""
         inputs = dict(batch)
-        shift = self.shifts_labels if shift is None else shift
-        targets = _take_targets(inputs, shift=shift)
-        return int(context_mask(inputs, targets, self._placeholders, shifted=shift).sum())
+        targets = _take_targets(inputs, shift=self.shifts_labels)
+        return int(context_mask(inputs, targets, self._placeholders, shifted=self.shifts_labels).sum())
 
     def _positions(
         self, kwargs: dict[str, Any], targets: Tensor, num_items: Any = None, num_context: Any = None, *, shift: bool
@@ -367,9 +374,16 @@ class Attachment:
             raise ValueError(
                 "num_items_in_batch came without num_context_in_batch, the number of context positions of the same "
                 "batches: context_weight has a denominator of its own. Count them with "
-                "mask_the_target.context_positions(model, batch), or pass neither."
+                "mask_the_target.count_context(model, batch), or pass neither."
             )
         every = context_mask(kwargs, targets, self._placeholders, shifted=shift).reshape(-1).nonzero().squeeze(1)
+        if self._first_batch and not len(every):
+            warnings.warn(
+                "the first batch has no context position (a prompt's, without a label), so context_weight holds "
+                "nothing in it. It needs data with prompts whose labels are -100, as completion_only_loss makes them.",
+                stacklevel=2,
+            )
+        self._first_batch = False
         of = len(every) if num_context is None else num_context
         context = sample(every, self.options.context_tokens, of, self._sampler)
         kept = torch.cat([supervised, every if self.cache is not None else context]).sort().values
@@ -614,7 +628,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     return model, configs
 
 
-def context_positions(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """How many context positions a training batch has: ``num_context_in_batch`` is their sum over a step's batches.
 
     Args:

@@ -319,9 +319,11 @@ def _prove_loss(
             )
         coefficient = found[0]
         auxiliary = coefficient * float(aux)
-    for ce, shifts_labels in ((shifted, True), (unshifted, False)):
-        if abs(float(own.loss) - ce - auxiliary) <= 0.01 * max(0.1, abs(ce + auxiliary)):
-            return coefficient, shifts_labels
+    # The nearer one: an untrained model's two are within a percent of each other.
+    shifts_labels = abs(float(own.loss) - shifted - auxiliary) <= abs(float(own.loss) - unshifted - auxiliary)
+    loss = (shifted if shifts_labels else unshifted) + auxiliary
+    if abs(float(own.loss) - loss) <= 0.01 * max(0.1, abs(loss)):
+        return coefficient, shifts_labels
     raise ValueError(
         f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
         f"{' with its auxiliary loss' if coefficient else ''} is {shifted + auxiliary:.5f}, and "

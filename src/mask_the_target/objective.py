@@ -231,7 +231,7 @@ def reduce_rows(
     loss = row_loss.sum() / items
     context_mean = loss.detach().new_zeros(())
     if context_kl is not None:
-        mean = context_kl.sum() / denominator(num_context, context)
+        mean = context_kl.sum() / context_denominator(num_context, context)
         loss, context_mean = loss + options.context_weight * mean, mean.detach()
     return TMKLResult(
         loss=loss,
@@ -256,6 +256,12 @@ def denominator(num_items: int | float | Tensor | None, supervised: Tensor) -> T
     if not num_items > 0:
         raise ValueError(f"num_items={num_items!r} must be the number of supervised tokens of the whole batch, > 0.")
     return torch.tensor(float(num_items), device=supervised.device)
+
+
+def context_denominator(num_context: int | float | Tensor | None, context: Tensor) -> Tensor:
+    """As :func:`denominator`; a whole step may have no context position."""
+    without = not isinstance(num_context, Tensor) and not num_context
+    return denominator(None if without else num_context, context)
 
 
 def check_rows(name: str, rows: Tensor, base_name: str, base_rows: Tensor, labels: Tensor) -> None:

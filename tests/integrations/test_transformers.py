@@ -461,3 +461,17 @@ def test_context_anchors_have_their_own_denominator_in_each_trainer(tmp_path: Pa
     expected = reference_loss(start, base, _collate(ROWS[:8]), options)
     assert logs[0][0]["context_kl"] == pytest.approx(float(expected.context_kl), rel=1e-4)
     assert logs[0][0]["loss"] == pytest.approx(float(expected.loss), rel=1e-4)
+
+
+def test_another_tools_way_to_collect_batches_is_kept(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, with_lora(toy_llama(), moved=0.2), TMKLCallback(TMKL(context_weight=0.5)))
+    own, calls = trainer.get_batch_samples, []
+
+    def theirs(*arguments: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*arguments, **kwargs)
+
+    trainer.get_batch_samples = theirs
+    trainer.train()
+    assert len(calls) >= 2
+    assert trainer.get_batch_samples is theirs

@@ -17,13 +17,14 @@ from mask_the_target.front.fronts import Box, compare, front, points_of
 Result = dict[str, Any]
 PLAIN = "ce"  # the name of the method that the others are compared with
 NEEDED = ("key", "recipe", "method", "setting", "seed", "model", "options", "probes", "sizes", "status", "points")
-# Of TMKL's options, those that make it full-vocabulary KL: the target stays in, and nothing else is changed.
+# Of TMKL's options, those that make it full-vocabulary KL: the target stays in, and nothing else is changed or added.
 FULL_KL = {
     "method": "tmkl",
     "tmkl_mask_target": False,
     "tmkl_divergence": "forward",
     "tmkl_position_weight": "uniform",
     "tmkl_exclude_base_above": None,
+    "tmkl_context_weight": 0.0,
 }
 TMKL = FULL_KL | {"tmkl_mask_target": True, "tmkl_renormalize": True}
 DEFAULTS = TMKL  # of an option that isn't given

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -65,6 +66,7 @@ class TMKLCallback(TrainerCallback):
         self._backpropagated: Tensor | float = 0.0
         self._value_known = True
         self._steps = 0
+        self._stop_counting: Callable[[], None] | None = None
 
     @property
     def attachment(self) -> Attachment | None:
@@ -87,8 +89,7 @@ class TMKLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _check_arguments(args)
-        if self._attachment is not None:  # an earlier train() was interrupted
-            self._attachment.detach()
+        self._release()  # an earlier train() may have been interrupted
         model = kwargs["model"]
         inner, configs = unwrap(model)
         left_over = attachment_of(inner)
@@ -112,16 +113,20 @@ class TMKLCallback(TrainerCallback):
         self._factors, self._backpropagated, self._steps = [], 0.0, 0
         self._attachment.on_backward = self._note_backward
         if self.options.context_weight:
-            _count_context(_calling_trainer(), self._attachment)
+            self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
-            if self.options.context_weight:
-                vars(_calling_trainer()).pop("get_batch_samples", None)
+        if self._stop_counting is not None:
+            self._stop_counting()
+            self._stop_counting = None
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -268,11 +273,11 @@ def _calling_trainer() -> Any:
     return _calling(Trainer)
 
 
-def _count_context(trainer: Any, attachment: Attachment) -> None:
+def _count_context(trainer: Any, attachment: Attachment) -> Callable[[], None]:
     """Tell ``attachment`` the denominators of each step, when ``trainer`` has collected the step's batches.
 
     The trainer counts supervised tokens alone (over ranks too, where it averages over them), and knows them before the
-    first forward; context positions are counted in the same place.
+    first forward; context positions are counted in the same place. The result gives the trainer its own method back.
     """
     if trainer is None:
         raise RuntimeError("context_weight needs the trainer that is calling TMKLCallback, and none was found.")
@@ -281,20 +286,27 @@ def _count_context(trainer: Any, attachment: Attachment) -> None:
             f"context_weight doesn't go with {type(attachment.model).__name__} in TRL, which shifts the labels of a "
             "model that takes them as they are."
         )
-    collect = type(trainer).get_batch_samples.__get__(trainer)
+    collect, own = trainer.get_batch_samples, vars(trainer).get("get_batch_samples")
 
     def get_batch_samples(*arguments: Any, **kwargs: Any) -> Any:
         batches, num_items = collect(*arguments, **kwargs)
         attachment.step_counts = None  # without num_items, each batch has its own denominators
         if num_items is not None:
-            own = sum(attachment.count_context(batch) for batch in batches)
-            count = torch.tensor([own], device=trainer.args.device)
+            here = sum(attachment.count_context(batch) for batch in batches)
+            count = torch.tensor([here], device=trainer.args.device)
             if trainer.args.average_tokens_across_devices:
                 count = trainer.accelerator.gather(count)
             attachment.step_counts = (num_items, count.sum())
         return batches, num_items
 
+    def restore() -> None:
+        if own is None:
+            vars(trainer).pop("get_batch_samples", None)
+        else:
+            trainer.get_batch_samples = own
+
     trainer.get_batch_samples = get_batch_samples
+    return restore
 
 
 def _sum_over_ranks(totals: Totals, backpropagated: Tensor | float) -> list[float]:
