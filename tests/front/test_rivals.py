@@ -22,7 +22,16 @@ pytest.importorskip("trl")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from front.test_train import Grab, logits, make_model, make_rows, one_thread, weights, write_rows  # noqa: F401
+from front.test_train import (  # noqa: F401
+    Grab,
+    logits,
+    make_model,
+    make_rows,
+    one_thread,
+    weights,
+    write_config,
+    write_rows,
+)
 from mask_the_target.attach import Totals
 from mask_the_target.cli import main
 from mask_the_target.front import rival_losses, rivals, train
@@ -47,31 +56,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def write_config(folder: Path, model: Path) -> Path:
-    text = f"""
-model_name_or_path: {model}
-dataset_name: {write_rows(folder / "data.jsonl", make_rows())}
-output_dir: {folder / "out"}
-lora_r: 4
-lora_dropout: 0.0
-learning_rate: 1.0e-2
-lr_scheduler_type: constant
-max_steps: 3
-per_device_train_batch_size: 4
-gradient_checkpointing: false
-bf16: false
-logging_steps: 1
-save_steps: 2
-disable_tqdm: true
-"""
-    path = folder / "sft.yaml"
-    path.write_text(text)
-    return path
+def _short(folder: Path, model: Path) -> Path:
+    return write_config(folder, model, lr_scheduler_type="constant", max_steps=3)
 
 
 @pytest.fixture
 def config(tmp_path: Path, model: Path) -> Path:
-    return write_config(tmp_path, model)
+    return _short(tmp_path, model)
 
 
 def options(method: str, strength: float | None = None) -> list[str]:
@@ -339,7 +330,7 @@ def test_a_routers_loss_is_refused(config: Path) -> None:
 @pytest.fixture(scope="module")
 def plain_weights(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("ce")
-    return trained(write_config(folder, model), folder / "out", "--method", "ce")[1]
+    return trained(_short(folder, model), folder / "out", "--method", "ce")[1]
 
 
 @pytest.mark.parametrize("method", rivals.RIVALS)

@@ -31,8 +31,7 @@ from front.test_train import make_model
 from mask_the_target.cli import main
 from mask_the_target.front import queue, sweep
 from mask_the_target.front.backbones import load_model
-from mask_the_target.front.demo import SIZES
-from mask_the_target.front.evaluate import evaluate_one
+from mask_the_target.front.evaluate import SIZES, evaluate_one
 from mask_the_target.front.fronts import compare
 from mask_the_target.front.study import Study, read_study
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("trl")
 
@@ -82,29 +83,32 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def write_config(folder: Path, model: Path, **changes: Any) -> Path:
+    """A TRL user's YAML file, as it would be for `trl sft`."""
+    settings = {
+        "model_name_or_path": str(model),
+        "dataset_name": str(write_rows(folder / "data.jsonl", make_rows())),
+        "output_dir": str(folder / "out"),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "learning_rate": 1.0e-2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "disable_tqdm": True,
+    }
+    path = folder / "sft.yaml"
+    path.write_text(yaml.safe_dump(settings | changes, sort_keys=False))
+    return path
+
+
 @pytest.fixture
 def config(tmp_path: Path, model: Path) -> Path:
-    """A TRL user's YAML file, as it would be for `trl sft`."""
-    data = write_rows(tmp_path / "data.jsonl", make_rows())
-    text = f"""
-model_name_or_path: {model}
-dataset_name: {data}
-output_dir: {tmp_path / "out"}
-use_peft: true
-lora_r: 4
-lora_dropout: 0.0
-learning_rate: 1.0e-2
-max_steps: 6
-per_device_train_batch_size: 4
-gradient_checkpointing: false
-bf16: false
-logging_steps: 1
-save_steps: 2
-disable_tqdm: true
-"""
-    path = tmp_path / "sft.yaml"
-    path.write_text(text)
-    return path
+    return write_config(tmp_path, model)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

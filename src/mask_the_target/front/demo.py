@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from mask_the_target.base import adapters_off
 from mask_the_target.front import report, train
 from mask_the_target.front.backbones import DEFAULT_MODEL, load_model, resolve_model
-from mask_the_target.front.evaluate import ProbeSizes, add_paired_errors, evaluate_one, fast_bfloat16
+from mask_the_target.front.evaluate import SIZES, add_paired_errors, evaluate_one, fast_bfloat16
 from mask_the_target.front.options import check_numbers, parse, settings_parser
 from mask_the_target.front.recipes import find_recipe
 from mask_the_target.front.record import model_card, versions, write_json, write_whole
@@ -37,11 +37,6 @@ ARMS = {"ce": "CE", "tmkl": "CE + TMKL"}  # trained
 # Measured: plain CE's adapter at half its scale costs nothing, so a regulariser has to beat it.
 MEASURED = {"base": "base", "ce": "CE", "ce_half": "CE, adapter x 0.5", "tmkl": "CE + TMKL"}
 PROBES = ("target", "text:python_docs", "text:bible", "facts", "drift")
-SIZES = {
-    "quick": ProbeSizes.quick(),
-    "full": ProbeSizes.full(),
-    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4, documents=4),
-}
 Measured = dict[str, dict[str, Any]]  # probe -> metrics and "samples"
 
 
@@ -57,7 +52,7 @@ class Demo:
     weight: float = 1.0
     rank: int = 16
     seed: int = 0
-    probes: str = "quick"  # quick, full: evaluate.ProbeSizes; tiny: to try the command
+    probes: str = "quick"  # of evaluate.SIZES; tiny: to try the command
     precision: str = "auto"  # auto: bf16 autocast where that is the faster one here
 
     def __post_init__(self) -> None:

@@ -56,6 +56,14 @@ class ProbeSizes:
         return cls(target_rows=200, answer_rows=100, text_windows=30, facts_per_kind=60, drift_rows=60, documents=80)
 
 
+# By name, as `mtt demo --probes` and a study's sizes take them; tiny is for trying a file.
+SIZES = {
+    "quick": ProbeSizes.quick(),
+    "full": ProbeSizes.full(),
+    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4, documents=4),
+}
+
+
 def check_probes(probes: Iterable[str]) -> list[str]:
     """The probes with "text" spelled out as its sources and a tag of lm-evaluation-harness as its tasks, none twice.
 

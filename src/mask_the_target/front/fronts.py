@@ -50,14 +50,18 @@ class Box:
         return not (self.best_loss < self.base_loss and self.worst_rise > 0)
 
 
+def finite_points(result: Mapping[str, Any]) -> list[Any]:
+    """A result's measured points (see `sweep.run_trial`) without those that are not finite."""
+    return [point for point in result["points"] if math.isfinite(point["learned"]) and math.isfinite(point["rise"])]
+
+
 def points_of(results: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """All measured points of these results (see `study.run_trial`); those that are not finite are left out."""
-    found = [
+    """All finite points of these results."""
+    return [
         Point(point["learned"], point["rise"], result["key"], point["checkpoint"], point["scale"])
         for result in results
-        for point in result["points"]
+        for point in finite_points(result)
     ]
-    return [point for point in found if math.isfinite(point.loss) and math.isfinite(point.rise)]
 
 
 def front(points: Iterable[Point]) -> list[Point]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mask_the_target.front import plots
-from mask_the_target.front.fronts import TOLERANCES, interval, points_of
+from mask_the_target.front.fronts import TOLERANCES, finite_points, interval, points_of
 from mask_the_target.front.plots import Curve, Dot, Fronts, Style
 from mask_the_target.front.record import write_whole
 from mask_the_target.front.report import TEXTS, Column, render
@@ -410,11 +410,10 @@ def drawn_fronts(recipe: Recipe, styles: Mapping[str, Style]) -> Fronts | None:
     for name, figures in methods.items():
         on_front = {(p.key, p.checkpoint, p.scale) for p in figures["front"]}
         for result in recipe.of(name):
-            for point in result["points"]:
-                if math.isfinite(point["learned"]) and math.isfinite(point["rise"]):
-                    dot = Dot(point["learned"], point["rise"], _tooltip(recipe, result, point))
-                    place = (result["key"], point["checkpoint"], point["scale"])
-                    (fronts if place in on_front else others).setdefault(name, []).append(dot)
+            for point in finite_points(result):
+                dot = Dot(point["learned"], point["rise"], _tooltip(recipe, result, point))
+                place = (result["key"], point["checkpoint"], point["scale"])
+                (fronts if place in on_front else others).setdefault(name, []).append(dot)
     if base is None or not fronts:
         return None
     fronts = {name: sorted(dots, key=lambda dot: dot.x) for name, dots in fronts.items()}
@@ -427,12 +426,7 @@ def curves(recipe: Recipe) -> list[Curve]:
     base = recipe.base_loss()
     found = []
     for (method, setting), results in recipe.groups().items():
-        whole = [
-            point
-            for result in results
-            for point in result["points"]
-            if point["scale"] == 1 and math.isfinite(point["learned"]) and math.isfinite(point["rise"])
-        ]
+        whole = [point for result in results for point in finite_points(result) if point["scale"] == 1]
         sides: dict[str, list[Dot]] = {"learned": [], "rise": []}
         for side, words in (("learned", "target loss"), ("rise", "rise of text loss")):
             if base is not None:

@@ -125,8 +125,7 @@ def read_study(path: Path) -> Study:
     """
     import yaml
 
-    from mask_the_target.front.demo import SIZES
-    from mask_the_target.front.evaluate import check_probes
+    from mask_the_target.front.evaluate import SIZES, check_probes
     from mask_the_target.front.recipes import RECIPES
 
     if not path.is_file():

@@ -114,8 +114,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
     from mask_the_target.base import adapters_off
     from mask_the_target.front import train
     from mask_the_target.front.backbones import load_model, resolve_model
-    from mask_the_target.front.demo import SIZES
-    from mask_the_target.front.evaluate import evaluate_one
+    from mask_the_target.front.evaluate import SIZES, evaluate_one
     from mask_the_target.front.recipes import find_recipe, recipe_rows
 
     newest = train.last_checkpoint(folder)
