@@ -57,7 +57,7 @@ def _sweep(argv: Sequence[str]) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    from mask_the_target.front.page import main
+    from mask_the_target.front.study_report import main
 
     return main(argv)
 

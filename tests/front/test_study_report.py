@@ -27,11 +27,11 @@ import studies
 from test_report import Page
 
 from mask_the_target.cli import main
-from mask_the_target.front import page, plots
+from mask_the_target.front import plots, study_report
 from mask_the_target.front.fronts import compare
-from mask_the_target.front.page import write_report
 from mask_the_target.front.plots import Dot, Fronts, Style
 from mask_the_target.front.results import Recipe, read_results
+from mask_the_target.front.study_report import write_report
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>"
 LINK = '<a href="https://example.org">here</a>'
@@ -518,7 +518,7 @@ def test_the_picture_draws_each_front(whole: tuple[Path, list[dict[str, Any]]], 
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
     recipe = Recipe("arpabet", [r for r in read_results(whole[0]) if r["recipe"] == "arpabet"])
     styles = {name: Style.of(place) for place, name in enumerate(recipe.methods)}
-    fronts = page.drawn_fronts(recipe, styles)
+    fronts = study_report.drawn_fronts(recipe, styles)
     assert fronts is not None
     assert plots.png_of_fronts({"a $recipe$": fronts}).startswith(b"\x89PNG")
     (axis,) = drawn[0].axes
