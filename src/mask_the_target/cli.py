@@ -135,14 +135,14 @@ def _eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def held_out_rows(name: str, split: str | None = None) -> list[dict[str, Any]]:
+def held_out_rows(name: str, split: str | None = None, config: str | None = None) -> list[dict[str, Any]]:
     """Prompt-completion rows of a data file, folder or name; of `messages`, the last turn is the completion.
 
     Raises ValueError or FileNotFoundError with a sentence.
     """
     from mask_the_target.front.data import check_columns, load_named, take_split
 
-    found: Any = load_named(name, None, False)
+    found: Any = load_named(name, config, False)
     if split is None:
         split = "test" if "test" in found else next(iter(found))
     table = take_split(found, split, name)
