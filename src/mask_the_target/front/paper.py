@@ -138,6 +138,7 @@ def table(study: Study, results: Sequence[Mapping[str, Any]] = ()) -> str:
     are those of the first.
     """
     rows, ours = study.paper.get("rows", []), measured(results)
+    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
     pairs = [(mine, next((row for row in rows if _is_of(row, mine, study)), {})) for mine in ours]
     pairs += [({}, row) for row in rows if not any(row is theirs for _, theirs in pairs)]
     texts = [probe[5:] for probe in study.probes if probe.startswith("text:")]
