@@ -10,7 +10,13 @@ from mask_the_target import TMKL, target_masked_kl
 
 
 def reference_loss(
-    model: nn.Module, base: nn.Module, batch: dict[str, Any], options: TMKL, num_items: float | None = None
+    model: nn.Module,
+    base: nn.Module,
+    batch: dict[str, Any],
+    options: TMKL,
+    num_items: float | None = None,
+    num_context: float | None = None,
+    shifts_labels: bool = True,
 ) -> Any:
     """TMKL's result for one batch from the models' own logits, without attaching anything."""
     inputs = model_inputs(batch)
@@ -19,9 +25,45 @@ def reference_loss(
         base_logits = base.eval()(**inputs).logits
     targets = batch.get("shift_labels")
     if targets is None:
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if shifts_labels else batch["labels"]
+    if options.context_weight:
+        targets = targets.clone()
+        for row, position in context_positions(batch):
+            assert targets[row, position] == -100
+            targets[row, position] = -1
     rows = logits.flatten(0, 1), base_logits.flatten(0, 1), targets.flatten()
-    return target_masked_kl(*rows, options, num_items=num_items)
+    return target_masked_kl(*rows, options, num_items=num_items, num_context=num_context)
+
+
+def context_positions(batch: dict[str, Any], placeholders: tuple[int, ...] = ()) -> list[tuple[int, int]]:
+    """(row, position) of every real token that is followed by a real, unsupervised token of the same document."""
+    ids = batch["input_ids"].tolist()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).tolist()
+    starts = batch.get("position_ids", torch.full_like(batch["input_ids"], 9)).expand_as(batch["input_ids"]).tolist()
+    found = []
+    for row, tokens in enumerate(ids):
+        for position in range(len(tokens) - 1):
+            after = position + 1
+            real = mask[row][position] and mask[row][after] and starts[row][after] != 0
+            supervised = batch["labels"][row, after] != -100
+            if real and not supervised and not {tokens[position], tokens[after]} & set(placeholders):
+                found.append((row, position))
+    return found
+
+
+def shifts_labels(model: nn.Module, batch: dict[str, Any], aux_coefficient: float = 0.0) -> bool:
+    """Whether the model's own loss compares logits with the next position's labels rather than with their own's.
+
+    ``aux_coefficient``: factor of a router's loss in it.
+    """
+    with torch.no_grad():
+        output = model.eval()(**model_inputs(batch), labels=batch["labels"])
+    logits, labels = output.logits, batch["labels"]
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    unshifted = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    aux = output.get("aux_loss")
+    ce = output.loss if aux is None else output.loss - aux_coefficient * aux
+    return bool((ce - shifted).abs() <= (ce - unshifted).abs())
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

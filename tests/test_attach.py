@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from conftest import batch, move, toy_llama, with_lora
 from mask_the_target import TMKL, attach, detach
@@ -55,6 +57,30 @@ def test_num_items_and_shift_labels() -> None:
                 assert float(loss) == pytest.approx(
                     float(reference_loss(model, base, inputs, TMKL(), number).loss), rel=1e-5
                 )
+
+
+def test_a_model_that_does_not_shift_its_labels() -> None:
+    sizes = {"vocab_size": 48, "d_model": 16, "decoder_layers": 1, "init_std": 0.3, "dropout": 0.0}
+    config = BartConfig(**sizes, decoder_attention_heads=2, decoder_ffn_dim=16)
+    base = BartForCausalLM(config).train()
+    model = with_lora(copy.deepcopy(base), moved=0.2, target_modules=["q_proj", "fc1"])
+    data = batch()
+    own = float(model(**data).loss)
+    shifted = {**data, "shift_labels": F.pad(data["labels"][:, 1:], (0, 1), value=-100)}
+    del shifted["labels"]
+    with pytest.warns(UserWarning, match="BartForCausalLM compares its logits with the labels of the same position"):
+        attachment = attach(model)
+    with attachment:
+        for inputs, shifts in ((data, False), (shifted, True)):
+            expected = reference_loss(model, base, data, TMKL(), shifts_labels=shifts)
+            assert distance(gradients(model(**inputs).loss, model), gradients(expected.loss, model)) < 1e-5
+            assert float(attachment.last.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+            assert (float(attachment.last.ce) == pytest.approx(own, rel=1e-5)) is not shifts
+        # TRL's fused results are those of labels that it shifts itself.
+        fused = model(**data, fused_lm_head=True)
+        assert fused.log_probs.shape == fused.label_mask.shape == (3, 9)
+        mean = -fused.log_probs.sum() / fused.label_mask.sum()
+        assert float(mean) == pytest.approx(float(expected.loss), rel=1e-5)
 
 
 def test_a_separate_base_model() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from compatibility import tuners
-from compatibility.check import check
+from compatibility import backbones, tuners
+from compatibility.check import Outcome, check
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import attach, base
 from mask_the_target.attach import Attachment
 from mask_the_target.base import Base, adapters_off
-from mask_the_target.head import LogitTransform, Probed
+from mask_the_target.head import LogitTransform
 
 CASES = {case.name: case for case in tuners.enumerate_cases()}
 EXACT = [  # the paper's seven adapters; each way of anchoring; each kind of layer
@@ -65,7 +65,11 @@ def _keep_adapters_on(attachment: Attachment) -> None:
 
 
 def _scale_logits(attachment: Attachment) -> None:
-    attachment._probed = attachment._base_probed = Probed(LogitTransform(1.05), 0.0)
+    attachment._probed = attachment._base_probed = attachment._probed._replace(transform=LogitTransform(1.05))
+
+
+def _take_labels_as_they_are(attachment: Attachment) -> None:
+    attachment._probed = attachment._probed._replace(shifts_labels=False)
 
 
 def _drop_the_regulariser(attachment: Attachment) -> None:
@@ -77,6 +81,7 @@ def _drop_the_regulariser(attachment: Attachment) -> None:
     [
         (_keep_adapters_on, "after a step, off is not the original|the KL|loss"),
         (_scale_logits, "the loss"),
+        (_take_labels_as_they_are, "the loss"),
         (_drop_the_regulariser, "the loss|the gradient"),
     ],
 )
@@ -134,3 +139,15 @@ def test_what_cannot_be_proved_is_said_once_and_leaves_the_random_numbers_alone(
     with pytest.warns(UserWarning, match=r"\(C3A\): that the model with it turned off is the base could not be proved"):
         attach(model).detach()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_page_counts_types_and_not_ways_to_use_them() -> None:
+    prompt = "adapter 'default' is prompt learning (CPT): it adds virtual tokens in front of the sequence"
+    outcomes = [Outcome("LORA", "exact"), Outcome("POLY", "refused", "no"), Outcome("XLORA", "refused", "no")]
+    outcomes += [Outcome("CPT", "refused", prompt), Outcome("LORA, merged", "refused", "merged")]
+    assert tuners.summary(outcomes).startswith(
+        "Of 2 types that train an update of weights 1 are exact; not POLY. Refused on purpose"
+    )
+    outcomes = [Outcome("llama", "exact"), Outcome("dory", "refused"), Outcome("gemma3n", "not built")]
+    outcomes += [Outcome("llama, adapter on the last layer", "exact"), Outcome("blip (image-text model)", "refused")]
+    assert backbones.summary(outcomes) == "Of 2 causal-LM types that can be built 1 are exact; not dory."

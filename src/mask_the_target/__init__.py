@@ -1,6 +1,6 @@
 """Target-masked KL: fine-tune with LoRA and keep what the base model knew."""
 
-from mask_the_target.attach import Attachment, attach, detach
+from mask_the_target.attach import Attachment, attach, context_positions, detach
 from mask_the_target.cache import CachedBase
 from mask_the_target.integrations.transformers import TMKLCallback
 from mask_the_target.linear import linear_target_masked_kl
@@ -12,6 +12,7 @@ __all__ = [
     "CachedBase",
     "TMKLCallback",
     "attach",
+    "context_positions",
     "detach",
     "linear_target_masked_kl",
     "target_masked_kl",

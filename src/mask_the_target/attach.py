@@ -24,6 +24,7 @@ from mask_the_target.adapted_head import adapted_head_rows
 from mask_the_target.base import Base, BaseChoice, require_pass_through, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
+from mask_the_target.context import context_mask, placeholders_of, sample
 from mask_the_target.head import (
     FORWARD_SETTINGS,
     Head,
@@ -38,7 +39,7 @@ from mask_the_target.head import (
 )
 from mask_the_target.integrations import trl
 from mask_the_target.linear import linear_rows
-from mask_the_target.objective import IGNORE_INDEX, TMKL, check_labels, denominator
+from mask_the_target.objective import CONTEXT_INDEX, IGNORE_INDEX, TMKL, check_labels, denominator
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 from mask_the_target.rows_torch import Rows
 
@@ -49,7 +50,9 @@ class Step:
 
     ``ce``, ``kl`` and ``full_kl`` (None unless asked for) are sums over the supervised positions in nats, over the
     step's denominator: ``num_items_in_batch`` when the trainer gave it, else the supervised positions. ``supervised``
-    and ``excluded`` count positions of this forward.
+    and ``excluded`` count positions of this forward. ``context_kl`` is the sum over this forward's context positions,
+    over the step's number of them (``context``: this forward's); with it, ``loss`` has
+    ``context_weight * context_kl`` more.
     """
 
     loss: Tensor
@@ -58,6 +61,8 @@ class Step:
     full_kl: Tensor | None
     supervised: Tensor
     excluded: Tensor
+    context_kl: Tensor
+    context: Tensor
 
 
 @dataclass
@@ -70,14 +75,31 @@ class Totals:
     full_kl: Tensor | float = 0.0  # nats, not normalised
     supervised: Tensor | float = 0.0
     excluded: Tensor | float = 0.0
+    context_kl: Tensor | float = 0.0  # nats, not normalised
+    context: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Those that the loss is made of: indices into the flattened ``[B * T]``."""
+
+    supervised: Tensor  # [n], sorted
+    context: Tensor  # [m] of this forward's context positions, sorted: all, or a sample of them
+    all_context: int  # how many there are
+    kept: Tensor  # sorted, both: where the base's hidden states are needed. A cache keeps all context positions.
+
+    def of(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """The rows of ``hidden``, one for each of ``kept``, at ``wanted``."""
+        return hidden if wanted is self.kept else hidden[torch.searchsorted(self.kept, wanted).to(hidden.device)]
 
 
 @dataclass
 class _Adapted:
     """What the adapted pass left behind at the head."""
 
-    rows: Rows
-    supervised: Tensor  # [n] indices into the flattened [B * T] positions
+    rows: Rows  # of the supervised positions
+    context: Rows | None  # of the context positions
+    positions: Tensor  # indices into the flattened [B * T] of the rows, then of the context
 
 
 @dataclass
@@ -104,9 +126,10 @@ class Attachment:
     totals: Totals = field(default_factory=Totals)
     # Set by integrations: compute logits too, for trainers that read them; raise, not warn, where a training forward
     # goes without TMKL; called in each backward with each position's loss and the factor that it is backpropagated
-    # with, [n] both.
+    # with, [n] both; the step's denominators (supervised and context positions), where they are known before it.
     keep_logits: bool = False
     strict: bool = False
+    step_counts: tuple[Any, Any] | None = None
     on_backward: Callable[[Tensor, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +139,12 @@ class Attachment:
             self._own = self.model.__dict__.get("forward")
             self._probed = probe(self.model, self._previous, self._tap)
             self._base_tap, self._base_probed = self._probe_base()
+            if not self.shifts_labels:
+                warnings.warn(
+                    f"{type(self.model).__name__} compares its logits with the labels of the same position, so TMKL "
+                    "does too: give it labels that are shifted already, or it learns to repeat its input.",
+                    stacklevel=4,
+                )
         except BaseException:
             self._tap.remove()
             raise
@@ -125,6 +154,9 @@ class Attachment:
         self._active = True
         self._warned = False
         self._running = False
+        self._placeholders = placeholders_of(self.model)
+        # Of its own, so that a sample of context positions moves no random number of the training.
+        self._sampler = torch.Generator().manual_seed(torch.initial_seed())
         backbone = getattr(self.model, "base_model", None)
         self._guard = None
         if isinstance(backbone, nn.Module) and backbone is not self.model:
@@ -161,6 +193,11 @@ class Attachment:
     def has_aux_loss(self) -> bool:
         """Whether the model adds a router's auxiliary loss (mixture of experts) to its loss."""
         return self._probed.aux_coefficient != 0
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the model's own loss compares the logits at t with the label at t + 1, and not with the one at t."""
+        return self._probed.shifts_labels
 
     def detach(self) -> None:
         """Give the model its own forward and head back. Calling it twice is harmless."""
@@ -266,32 +303,44 @@ class Attachment:
 
     def _train(self, kwargs: dict[str, Any]) -> Any:
         shifted = kwargs.get("shift_labels") is not None
-        targets = _take_targets(kwargs)
-        num_items = kwargs.pop("num_items_in_batch", None)
         fused = trl.take_loss_arguments(kwargs, self._names)
+        # Who asks for TRL's fused results shifts the labels itself, whatever the model's own loss does.
+        shift = fused or self.shifts_labels
+        targets = _take_targets(kwargs, shift=shift)
+        num_items, num_context = kwargs.pop("num_items_in_batch", None), kwargs.pop("num_context_in_batch", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         kwargs |= self._settings
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
             check_labels(targets.reshape(-1), vocabulary=self._tap.head().weight.shape[0])
-        supervised = _supervised(targets)
+        if num_context is None and self.step_counts is not None:
+            num_items, num_context = self.step_counts
+        positions = self._positions(kwargs, targets, num_items, num_context, shift=shift)
 
-        base_hidden, base_head = self._base_pass(kwargs, supervised)
+        base_hidden, base_head = self._base_pass(kwargs, positions.kept)
         output, adapted = self._adapted_pass(
-            kwargs, targets, supervised, base_hidden, base_head, token_statistics=fused or self._token_statistics
+            kwargs, targets, positions, base_hidden, base_head, token_statistics=fused or self._token_statistics
         )
         del base_hidden
-        rows = adapted.rows
-        if self.on_backward is not None and rows.loss.requires_grad:
-            rows.loss.register_hook(functools.partial(self.on_backward, rows.loss.detach()))
-        count = torch.tensor(len(supervised), device=rows.loss.device)
-        items = denominator(num_items, count)
-        loss = rows.loss.sum() / items
+        rows, context = adapted.rows, adapted.context
+        device = rows.loss.device
+        count, context_count = (
+            torch.tensor(n, device=device) for n in (len(positions.supervised), positions.all_context)
+        )
+        items, context_items = denominator(num_items, count), denominator(num_context, context_count)
+        losses = rows.loss  # summed and divided by items, they are the loss
+        if context is not None:
+            share = positions.all_context / max(1, len(positions.context))  # what each one of a sample stands for
+            losses = torch.cat([losses, context.loss * (self.options.context_weight * share * items / context_items)])
+        if self.on_backward is not None and losses.requires_grad:
+            losses.register_hook(functools.partial(self.on_backward, losses.detach()))
+        loss = losses.sum() / items
         aux = output.get("aux_loss")
         if isinstance(aux, Tensor):
             loss = loss + self._probed.aux_coefficient * aux.to(loss.device)
-        self._record(rows, loss, items, count)
+        context_kl = loss.new_zeros(()) if context is None else context.kl.sum() * share
+        self._record(rows, loss, items, count, context_kl, context_items, context_count)
         if fused:
-            return trl.fused_output(rows, adapted.supervised, targets, loss, aux, shifted=shifted)
+            return trl.fused_output(rows, losses, adapted.positions, targets, loss, aux, shifted=shifted)
         fields = {**output, "loss": loss}
         if not self.keep_logits:
             fields["logits"] = None
@@ -300,8 +349,34 @@ class Attachment:
             trl.add_token_statistics(output, rows, count)
         return output.to_tuple() if as_tuple else output
 
-    def _base_pass(self, kwargs: dict[str, Any], supervised: Tensor) -> tuple[Tensor, Head | None]:
-        """The base's final hidden states at the supervised positions, ``[n, d]``; and its head, where it has its own.
+    def count_context(self, batch: Mapping[str, Any], *, shift: bool | None = None) -> int:
+        """The context positions of a batch; ``shift`` where the caller's labels are shifted in another way."""
+        inputs = dict(batch)
+        shift = self.shifts_labels if shift is None else shift
+        targets = _take_targets(inputs, shift=shift)
+        return int(context_mask(inputs, targets, self._placeholders, shifted=shift).sum())
+
+    def _positions(
+        self, kwargs: dict[str, Any], targets: Tensor, num_items: Any = None, num_context: Any = None, *, shift: bool
+    ) -> _Positions:
+        """The positions that count. ``num_items`` and ``num_context`` are those of the whole step, where known."""
+        supervised = _supervised(targets)
+        if not self.options.context_weight:
+            return _Positions(supervised, supervised[:0], 0, supervised)
+        if num_items is not None and num_context is None:
+            raise ValueError(
+                "num_items_in_batch came without num_context_in_batch, the number of context positions of the same "
+                "batches: context_weight has a denominator of its own. Count them with "
+                "mask_the_target.context_positions(model, batch), or pass neither."
+            )
+        every = context_mask(kwargs, targets, self._placeholders, shifted=shift).reshape(-1).nonzero().squeeze(1)
+        of = len(every) if num_context is None else num_context
+        context = sample(every, self.options.context_tokens, of, self._sampler)
+        kept = torch.cat([supervised, every if self.cache is not None else context]).sort().values
+        return _Positions(supervised, context, len(every), kept)
+
+    def _base_pass(self, kwargs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Head | None]:
+        """The base's final hidden states at the positions ``kept``, ``[n, d]``; and its head, where it has its own.
 
         It runs first: its activations are gone before the adapted graph is built.
         """
@@ -312,19 +387,19 @@ class Attachment:
             inputs["output_router_logits"] = False  # the router's loss is the adapted pass's alone
 
         def compute(inputs: Mapping[str, Any]) -> Tensor:
-            kept: list[Tensor] = []
+            seen: list[Tensor] = []
 
             def keep(hidden: Tensor) -> Tensor:
-                kept.append(hidden.flatten(0, -2)[supervised.to(hidden.device)])
+                seen.append(hidden.flatten(0, -2)[kept.to(hidden.device)])
                 return narrow(hidden)
 
             prefix = self._shared()
             recording = nullcontext() if prefix is None else prefix.recording()
             with torch.no_grad(), evaluating(model), self.base.context(), recording:
                 tap.run(forward, inputs, keep)
-            return kept[0]
+            return seen[0]
 
-        hidden = compute(inputs) if self.cache is None else self.cache.hidden(inputs, supervised, compute)
+        hidden = compute(inputs) if self.cache is None else self.cache.hidden(inputs, kept, compute)
         return hidden, None if model is self.model else tap.head(self._base_probed.transform)
 
     def _shared(self) -> SharedPrefix | None:
@@ -336,10 +411,11 @@ class Attachment:
         if self.cache is None:
             raise ValueError("this model is attached without a cache; use attach(model, base='cached').")
         inputs = {**batch, **self._settings}
-        targets = _take_targets(inputs)
+        shift = self.shifts_labels
+        targets = _take_targets(inputs, shift=shift)
         self._running = True
         try:
-            self._base_pass(inputs, _supervised(targets))
+            self._base_pass(inputs, self._positions(inputs, targets, shift=shift).kept)
         finally:
             self._running = False
 
@@ -347,7 +423,7 @@ class Attachment:
         self,
         kwargs: dict[str, Any],
         targets: Tensor,
-        supervised: Tensor,
+        positions: _Positions,
         base_hidden: Tensor,
         base_head: Head | None,
         token_statistics: bool,
@@ -361,28 +437,20 @@ class Attachment:
                     f"{list(hidden.shape[:-1])}; something between them adds, drops or slices positions "
                     "(virtual tokens, logits_to_keep)."
                 )
-            index = supervised.to(hidden.device)
-            arguments = (hidden.flatten(0, -2)[index], base_hidden.to(hidden.device))
-            labels = targets.reshape(-1).to(hidden.device)[index]
-            asked: dict[str, Any] = {"full_kl": self.full_kl, "token_statistics": token_statistics}
-            head = self._tap.head(self._probed.transform)
-            if self._tap.adapted or self._base_tap.adapted:
-                rows = adapted_head_rows(
-                    *arguments,
-                    self._tap.forward,
-                    self._run_base_head,
-                    labels,
-                    self.options,
-                    parameters=[p for p in self.model.parameters() if p.requires_grad],
-                    vocabulary=len(head.weight),
-                    transform=self._probed.transform,
-                    base_transform=self._base_probed.transform,
-                    **asked,
-                )
-            else:
-                other = None if base_head is None else _on(base_head, hidden.device)
-                rows = linear_rows(*arguments, head, labels, self.options, base_head=other, **asked)
-            left.append(_Adapted(rows, index))
+            flat, labels = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
+
+            def compute(wanted: Tensor, labels: Tensor, **asked: Any) -> Rows:
+                index = wanted.to(hidden.device)
+                base_rows = positions.of(base_hidden, wanted).to(hidden.device)
+                return self._rows(flat[index], base_rows, labels[index], base_head, **asked)
+
+            rows = compute(positions.supervised, labels, full_kl=self.full_kl, token_statistics=token_statistics)
+            # Apart, as their losses have another factor: an adapted or trainable head takes one factor a call.
+            context = None
+            if self.options.context_weight:
+                context = compute(positions.context, torch.full_like(labels, CONTEXT_INDEX))
+            index = torch.cat([positions.supervised, positions.context]).to(hidden.device)
+            left.append(_Adapted(rows, context, index))
             if self.keep_logits:
                 with torch.no_grad():
                     return self._tap.forward(hidden)
@@ -392,13 +460,42 @@ class Attachment:
         with nullcontext() if prefix is None else prefix.reusing(kwargs):
             return self._tap.run(self._previous, kwargs, lose), left[0]
 
+    def _rows(self, hidden: Tensor, base_hidden: Tensor, labels: Tensor, base_head: Head | None, **asked: Any) -> Rows:
+        """Each row's loss terms, ``[n]``, from both models' hidden states, ``[n, d]``."""
+        head = self._tap.head(self._probed.transform)
+        if self._tap.adapted or self._base_tap.adapted:
+            return adapted_head_rows(
+                hidden,
+                base_hidden,
+                self._tap.forward,
+                self._run_base_head,
+                labels,
+                self.options,
+                parameters=[p for p in self.model.parameters() if p.requires_grad],
+                vocabulary=len(head.weight),
+                transform=self._probed.transform,
+                base_transform=self._base_probed.transform,
+                **asked,
+            )
+        other = None if base_head is None else _on(base_head, hidden.device)
+        return linear_rows(hidden, base_hidden, head, labels, self.options, base_head=other, **asked)
+
     def _run_base_head(self, hidden: Tensor) -> Tensor:
         """The base's own head on its hidden states, ``[n, d] -> [n, V]``, before the transform."""
         tap = self._base_tap
         with evaluating(tap.module), self.base.context():
             return tap.forward(hidden.to(tap.head().weight.device)).to(hidden.device)
 
-    def _record(self, rows: Rows, loss: Tensor, items: Tensor, count: Tensor) -> None:
+    def _record(
+        self,
+        rows: Rows,
+        loss: Tensor,
+        items: Tensor,
+        count: Tensor,
+        context_kl: Tensor,
+        context_items: Tensor,
+        context_count: Tensor,
+    ) -> None:
         ce, kl = rows.ce.sum(), rows.kl.sum()
         full_kl = None if rows.full_kl is None else rows.full_kl.sum()
         excluded = rows.excluded.sum()
@@ -409,6 +506,8 @@ class Attachment:
             full_kl=None if full_kl is None else full_kl / items,
             supervised=count,
             excluded=excluded,
+            context_kl=context_kl / context_items,
+            context=context_count,
         )
         if not rows.loss.requires_grad:
             return  # a look, not a step
@@ -416,6 +515,7 @@ class Attachment:
         totals.forwards += 1
         totals.ce, totals.kl = totals.ce + ce, totals.kl + kl
         totals.supervised, totals.excluded = totals.supervised + count, totals.excluded + excluded
+        totals.context_kl, totals.context = totals.context_kl + context_kl, totals.context + context_count
         if full_kl is not None:
             totals.full_kl = totals.full_kl + full_kl
 
@@ -514,10 +614,28 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     return model, configs
 
 
-def _take_targets(inputs: dict[str, Any]) -> Tensor:
+def context_positions(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """How many context positions a training batch has: ``num_context_in_batch`` is their sum over a step's batches.
+
+    Args:
+        model: a model with TMKL attached.
+        batch: what its forward is called with, labels included.
+
+    Raises:
+        ValueError: if nothing is attached, or the positions can't be told (see :class:`~mask_the_target.TMKL`).
+    """
+    attachment = attachment_of(unwrap(model)[0])
+    if attachment is None:
+        raise ValueError("TMKL is not attached to this model.")
+    return attachment.count_context(batch)
+
+
+def _take_targets(inputs: dict[str, Any], *, shift: bool) -> Tensor:
     """``[B, T]``: position t predicts the label at t + 1; under context parallelism labels come shifted already."""
     labels, shift_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    return shift_labels if shift_labels is not None else F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    if shift_labels is not None:
+        return shift_labels
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shift else labels
 
 
 def _supervised(targets: Tensor) -> Tensor:

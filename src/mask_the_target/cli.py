@@ -23,6 +23,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
   mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
+  mtt report STUDY                   a study's page: fronts, figures with intervals, curves and answers; PNG and CSV
   mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
@@ -55,6 +56,12 @@ def _sweep(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from mask_the_target.front.page import main
+
+    return main(argv)
+
+
 def _diagnostic(argv: Sequence[str]) -> int:
     from mask_the_target.front.diagnostic import main
 
@@ -71,7 +78,11 @@ def _eval(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", default="package:smollm2", help="hub name, folder, or package:NAME")
     parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (safetensors)")
-    parser.add_argument("--probes", help="of target, text, facts, drift, by commas; default: all that apply")
+    parser.add_argument(
+        "--probes",
+        help="of target, text, facts, drift, lm_eval:TASK (or FILE.yaml), by commas; "
+        "default: all that apply but lm_eval",
+    )
     rows_from = parser.add_mutually_exclusive_group()
     rows_from.add_argument("--recipe", help="held-out pairs for target and drift: a built-in recipe's test split")
     rows_from.add_argument("--dataset", help="held-out pairs for target and drift: a data file, folder or name")
@@ -82,7 +93,7 @@ def _eval(argv: Sequence[str]) -> int:
 
     from mask_the_target.front import report
     from mask_the_target.front.backbones import find_model, load_model
-    from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair
+    from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair, load_tasks
     from mask_the_target.front.recipes import find_recipe
     from mask_the_target.front.record import versions, write_json
 
@@ -96,7 +107,8 @@ def _eval(argv: Sequence[str]) -> int:
         probes += ["drift"] if rows is not None and options.adapter is not None else []
     else:
         probes = [probe.strip() for probe in options.probes.split(",") if probe.strip()]
-    for probe in check_probes(probes):
+    probes = check_probes(probes)
+    for probe in probes:
         if probe in ("target", "drift") and rows is None:
             raise ValueError(f"The probe {probe!r} needs held-out pairs: add --recipe NAME or --dataset FILE.")
         if probe == "drift" and options.adapter is None:
@@ -105,6 +117,7 @@ def _eval(argv: Sequence[str]) -> int:
     path, config = find_model(options.model)
     if options.adapter is not None:
         check_adapter(options.adapter, config)
+    load_tasks(probes)
 
     started = time.monotonic()
     model, tokenizer = load_model(path, options.adapter)
@@ -243,6 +256,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "demo": _demo,
     "sweep": _sweep,
+    "report": _report,
     "diagnostic": _diagnostic,
 }
 

@@ -175,10 +175,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Probed(NamedTuple):
-    """What the probe found: the logits' transform, and the factor of the router's auxiliary loss (0 without one)."""
+    """What the probe found: the logits' transform, the factor of the router's auxiliary loss (0 without one), and
+    whether the model's loss compares the logits at t with the label at t + 1, or with the one at t (decoders of BART's
+    kind)."""
 
     transform: LogitTransform
     aux_coefficient: float
+    shifts_labels: bool
 
 
 # Planted in the grid: far enough that a soft cap is saturated, and near enough to 0 that it is not felt.
@@ -244,7 +247,7 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
         # Logits may be float32 in name only: autocast casts them up after the head.
         tolerance = _tolerance(own.logits, output, hidden, weight)
         _require_equal(name, "logits", own.logits.float(), expected, tolerance)
-        return Probed(transform, _prove_loss(model, name, forward, inputs, own.logits.float()))
+        return Probed(transform, *_prove_loss(model, name, forward, inputs, own.logits.float()))
 
 
 def probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
@@ -290,8 +293,9 @@ def _on_text(name: str, run: Callable[[], Any]) -> Any:
 
 def _prove_loss(
     model: nn.Module, name: str, forward: Callable[..., Any], inputs: Mapping[str, Any], logits: Tensor
-) -> float:
-    """The factor of the auxiliary loss, after checking that CE plus it is the loss the model itself returns."""
+) -> tuple[float, bool]:
+    """The factor of the auxiliary loss, and whether labels are shifted, after checking that CE plus it is the loss the
+    model itself returns."""
     labels = inputs["input_ids"]
     with_loss, router = dict(inputs, labels=labels), {}
     config = text_config(model)
@@ -301,8 +305,10 @@ def _prove_loss(
         own = forward(**with_loss, **router)
     except Exception:  # of some routers there is nothing to show; then it trains as it is configured, or not at all
         own = _on_text(name, lambda: forward(**with_loss))
-    loss = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)))
-    aux, coefficient = getattr(own, "aux_loss", None), 0.0
+    labels = labels.to(logits.device)
+    shifted = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    unshifted = float(F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    aux, coefficient, auxiliary = getattr(own, "aux_loss", None), 0.0, 0.0
     if isinstance(aux, Tensor):
         # Too small for the comparison below to notice, so it must be known.
         found = [float(getattr(o, n)) for o in (model, config) for n in _AUX_COEFFICIENTS if hasattr(o, n)]
@@ -312,14 +318,16 @@ def _prove_loss(
                 f"({' or '.join(_AUX_COEFFICIENTS)}), so it can't be added to the loss. This model is not supported."
             )
         coefficient = found[0]
-        loss += coefficient * float(aux)
-    if abs(float(own.loss) - loss) > 0.01 * max(0.1, abs(loss)):
-        raise ValueError(
-            f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
-            f"{' with its auxiliary loss' if coefficient else ''} is {loss:.5f}; it trains on another loss than "
-            "next-token cross-entropy, which is not supported."
-        )
-    return coefficient
+        auxiliary = coefficient * float(aux)
+    for ce, shifts_labels in ((shifted, True), (unshifted, False)):
+        if abs(float(own.loss) - ce - auxiliary) <= 0.01 * max(0.1, abs(ce + auxiliary)):
+            return coefficient, shifts_labels
+    raise ValueError(
+        f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
+        f"{' with its auxiliary loss' if coefficient else ''} is {shifted + auxiliary:.5f}, and "
+        f"{unshifted + auxiliary:.5f} without shifting the labels; it trains on another loss than next-token "
+        "cross-entropy, which is not supported."
+    )
 
 
 def _tolerance(*tensors: Tensor) -> float:

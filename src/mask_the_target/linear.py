@@ -19,6 +19,7 @@ from torch import Tensor, library
 from mask_the_target import rows_torch
 from mask_the_target.head import Head, LogitTransform
 from mask_the_target.objective import (
+    CONTEXT_INDEX,
     IGNORE_INDEX,
     TMKL,
     Divergence,
@@ -51,6 +52,7 @@ def linear_target_masked_kl(
     logit_transform: LogitTransform | None = None,
     base_head: Head | None = None,
     num_items: int | float | Tensor | None = None,
+    num_context: int | float | Tensor | None = None,
     token_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -61,13 +63,15 @@ def linear_target_masked_kl(
         hidden: adapted model's final hidden states, ``[N, d]``, row ``i`` predicting ``labels[i]``.
         base_hidden: base model's, ``[N, d_b]``; no gradient flows into them.
         head_weight: ``[V, d]``. Its gradient is computed only when it requires one.
-        labels: ``[N]`` int64; rows with -100 are never multiplied with the head.
+        labels: ``[N]`` int64; rows with -100 are never multiplied with the head. Rows with -1 (only with
+            ``context_weight``) are context rows.
         options: see :class:`~mask_the_target.TMKL`.
         head_bias: ``[V]``, where the head has one.
         logit_transform: soft cap and scale between head and softmax.
         base_head: the base's own head (weight, bias, transform) where it isn't the adapted model's, as with a separate
             base model. By default both share one head, and ``d_b = d``.
         num_items: the denominator in tokens; the supervised rows by default.
+        num_context: the same of context rows.
         token_weights: ``[N]``, a factor of each row's CE and KL; 1 by default. It needs a frozen head.
         chunk_tokens: rows of logits alive at a time. The default keeps one model's at 16 MiB on a CPU, 256 MiB
             elsewhere, but at 96 rows at least.
@@ -92,19 +96,31 @@ def linear_target_masked_kl(
             "rounded to the inputs' own dtype."
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(labels, vocabulary=head_weight.shape[0])
-    rows = linear_rows(
-        hidden,
-        base_hidden,
-        head,
-        labels,
-        options,
-        base_head=base_head,
-        chunk_tokens=chunk_tokens,
-        logits_dtype=logits_dtype,
-        skip_ignored=True,
-    )
-    return reduce_rows(rows.loss, rows.ce, rows.kl, rows.excluded, labels, num_items, token_weights)
+        check_labels(labels, vocabulary=head_weight.shape[0], context=options.context_weight > 0)
+
+    def compute(labels: Tensor) -> Rows:
+        return linear_rows(
+            hidden,
+            base_hidden,
+            head,
+            labels,
+            options,
+            base_head=base_head,
+            chunk_tokens=chunk_tokens,
+            logits_dtype=logits_dtype,
+            skip_ignored=True,
+        )
+
+    rows = compute(labels if not options.context_weight else labels.masked_fill(labels == CONTEXT_INDEX, IGNORE_INDEX))
+    # Apart, because their losses have another factor than the rest's, and a trainable head takes one factor a call.
+    context_kl = None
+    if options.context_weight:
+        context_kl = compute(labels.masked_fill(labels != CONTEXT_INDEX, IGNORE_INDEX)).loss
+    row_loss, ce, kl = rows.loss, rows.ce, rows.kl
+    if token_weights is not None:
+        row_loss, ce, kl = row_loss * token_weights, ce * token_weights, kl * token_weights
+        context_kl = None if context_kl is None else context_kl * token_weights
+    return reduce_rows(row_loss, ce, kl, rows.excluded, labels, options, num_items, context_kl, num_context)
 
 
 def linear_rows(

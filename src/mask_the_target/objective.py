@@ -5,6 +5,10 @@ For one supervised position with ground-truth token ``y``, let ``p_b`` be the ba
 
     loss = [ sum CE + weight * sum KL(q_b || q_a) ] / supervised tokens
 
+Positions without a target (a prompt's) may be held in place too, beyond the paper: with ``context_weight``,
+
+    loss += context_weight * sum KL(p_b || p_a) / context tokens
+
 Source: Xu, Garg, Saratchandran, Lucey, "Mask the Target", arXiv 2605.29498. At temperature 1 the KL is the non-target
 part (NCKD) of Decoupled Knowledge Distillation (Zhao et al., CVPR 2022), with the base as the teacher.
 
@@ -24,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+CONTEXT_INDEX = -1  # a label of :func:`target_masked_kl`: this row has no target, and the full KL holds it
 
 Divergence = Literal["forward", "reverse", "jsd"]
 PositionWeight = Literal["uniform", "non_target_mass"]
@@ -48,6 +53,10 @@ class TMKL:
         exclude_base_above: positions with ``p_b(y)`` above this probability (at temperature 1) are left out of the KL's
             sum. The denominator stays the number of supervised positions, so that the loss is the same under gradient
             accumulation. The paper uses ``1 - 1e-4``.
+        context_weight: factor of the full-vocabulary KL(base, adapted) at context positions (real ones without a
+            target, such as a prompt's), averaged over them; >= 0. Not in the paper.
+        context_tokens: at most about so many context positions a step, uniformly sampled, which estimates the same mean
+            at less cost; None takes all.
 
     Raises:
         ValueError: for a value or a combination that means nothing.
@@ -60,11 +69,13 @@ class TMKL:
     position_weight: PositionWeight = "uniform"
     temperature: float = 1.0
     exclude_base_above: float | None = None
+    context_weight: float = 0.0
+    context_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _require_number(
-            "weight", self.weight, self.weight is not None and _finite(self.weight) and self.weight >= 0, ">= 0"
-        )
+        for name in ("weight", "context_weight"):
+            value = getattr(self, name)
+            _require_number(name, value, _finite(value) and value >= 0, ">= 0")
         for name, kind in (("divergence", Divergence), ("position_weight", PositionWeight)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(repr(value) for value in get_args(kind))
@@ -84,6 +95,13 @@ class TMKL:
             _require_number(
                 "exclude_base_above", self.exclude_base_above, within, "a probability between 0 and 1, or None"
             )
+        if self.context_tokens is not None:
+            whole = type(self.context_tokens) is int and self.context_tokens > 0
+            _require_number("context_tokens", self.context_tokens, whole, "a number of positions above 0, or None")
+            if not self.context_weight:
+                raise ValueError(
+                    f"TMKL: context_tokens={self.context_tokens} without a context_weight has no effect; set both."
+                )
 
     @property
     def log_excluded_mass(self) -> float:
@@ -105,12 +123,14 @@ class TMKLResult:
     """What one call computed.
 
     Attributes:
-        loss: scalar, differentiable: ``ce + weight * kl``.
+        loss: scalar, differentiable: ``ce + weight * kl + context_weight * context_kl``.
         ce: scalar, detached, nats: sum of cross-entropies over the supervised rows, divided by the denominator.
         kl: scalar, detached, nats: sum of the (position-weighted) divergences over the same rows, divided by the same
             denominator; excluded rows add nothing.
         supervised: scalar int64: rows whose label is not -100.
         excluded: scalar int64: supervised rows that ``exclude_base_above`` left out of the KL.
+        context_kl: scalar, detached, nats: sum of the full KLs of context rows, over their own denominator.
+        context: scalar int64: rows whose label is -1.
     """
 
     loss: Tensor
@@ -118,6 +138,8 @@ class TMKLResult:
     kl: Tensor
     supervised: Tensor
     excluded: Tensor
+    context_kl: Tensor
+    context: Tensor
 
 
 def target_masked_kl(
@@ -127,6 +149,7 @@ def target_masked_kl(
     options: TMKL = TMKL(),
     *,
     num_items: int | float | Tensor | None = None,
+    num_context: int | float | Tensor | None = None,
     token_weights: Tensor | None = None,
 ) -> TMKLResult:
     """CE + weight * target-masked KL on dense logits: the reference for every other implementation.
@@ -136,10 +159,12 @@ def target_masked_kl(
     Args:
         logits: adapted model's logits, ``[N, V]``, any float dtype; statistics are float32, or float64 for float64.
         base_logits: base model's logits, ``[N, V]``; no gradient flows into them.
-        labels: ``[N]`` int64 token ids; rows with -100 are ignored.
+        labels: ``[N]`` int64 token ids; rows with -100 are ignored, and rows with -1 (only with ``context_weight``)
+            are context rows.
         options: see :class:`TMKL`.
         num_items: the denominator in tokens, where it is known to be another than the supervised rows given here
             (``num_items_in_batch`` under gradient accumulation or data parallelism).
+        num_context: the same for context rows.
         token_weights: ``[N]``, a factor of each row's CE and KL; 1 by default. The denominator doesn't change.
 
     Returns:
@@ -149,8 +174,16 @@ def target_masked_kl(
         ValueError: if shapes don't match, or a label lies outside the vocabulary.
     """
     check_rows("logits", logits, "base_logits", base_logits, labels)
-    check_labels(labels, vocabulary=logits.shape[1])
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+    check_labels(labels, vocabulary=logits.shape[1], context=options.context_weight > 0)
+    context_kl = None
+    if options.context_weight:
+        context = (labels == CONTEXT_INDEX).nonzero().squeeze(1)  # [m]
+        z_a, z_b = _statistics_dtype(logits[context]), _statistics_dtype(base_logits[context].detach())
+        context_kl = _kl(z_b.log_softmax(1), z_a.log_softmax(1))
+        if token_weights is not None:
+            context_kl = context_kl * token_weights[context]
+    given = labels
+    rows = (labels >= 0).nonzero().squeeze(1)  # [n]
     labels = labels[rows]
     z_a = _statistics_dtype(logits[rows])  # [n, V]
     z_b = _statistics_dtype(base_logits[rows].detach())  # [n, V]
@@ -167,8 +200,10 @@ def target_masked_kl(
     if options.position_weight == "non_target_mass":
         kl = kl * log_mass.exp()
     kl = torch.where(excluded, torch.zeros_like(kl), kl)
-    token_weights = None if token_weights is None else token_weights[rows]
-    return reduce_rows(ce + options.weight * kl, ce, kl, excluded, labels, num_items, token_weights)
+    row_loss = ce + options.weight * kl
+    if token_weights is not None:
+        row_loss, ce, kl = (column * token_weights[rows] for column in (row_loss, ce, kl))
+    return reduce_rows(row_loss, ce, kl, excluded, given, options, num_items, context_kl, num_context)
 
 
 def log_non_target_mass(logits: Tensor, labels: Tensor) -> Tensor:
@@ -184,20 +219,28 @@ def reduce_rows(
     kl: Tensor,
     excluded: Tensor,
     labels: Tensor,
+    options: TMKL,
     num_items: int | float | Tensor | None,
-    token_weights: Tensor | None,
+    context_kl: Tensor | None,
+    num_context: int | float | Tensor | None,
 ) -> TMKLResult:
-    """Sums of the rows, ``[N]`` each (0 at ignored ones), over the one denominator that CE and KL share."""
-    supervised = (labels != IGNORE_INDEX).sum()
+    """Sums of the rows (0 at those that don't count) over the one denominator that CE and KL share, and context rows'
+    over theirs. ``labels [N]`` are all rows'."""
+    supervised, context = (labels >= 0).sum(), (labels == CONTEXT_INDEX).sum()
     items = denominator(num_items, supervised)
-    if token_weights is not None:
-        row_loss, ce, kl = row_loss * token_weights, ce * token_weights, kl * token_weights
+    loss = row_loss.sum() / items
+    context_mean = loss.detach().new_zeros(())
+    if context_kl is not None:
+        mean = context_kl.sum() / denominator(num_context, context)
+        loss, context_mean = loss + options.context_weight * mean, mean.detach()
     return TMKLResult(
-        loss=row_loss.sum() / items,
+        loss=loss,
         ce=ce.detach().sum() / items,
         kl=kl.detach().sum() / items,
         supervised=supervised,
         excluded=excluded.sum(),
+        context_kl=context_mean,
+        context=context,
     )
 
 
@@ -234,11 +277,16 @@ def check_rows(name: str, rows: Tensor, base_name: str, base_rows: Tensor, label
         )
 
 
-def check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Refuse a label that is neither -100 nor a token id, naming its row. Costs a device sync."""
+def check_labels(labels: Tensor, vocabulary: int, *, context: bool = False) -> None:
+    """Refuse a label that is neither -100 (nor -1, with ``context``) nor a token id, naming its row.
+
+    Costs a device sync.
+    """
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be int64 token ids, got {labels.dtype}.")
     outside = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
+    if context:
+        outside &= labels != CONTEXT_INDEX
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(

@@ -81,22 +81,16 @@ def as_markdown(results: dict[str, list[Outcome]]) -> str:
         "outcome: a wrong row fails the command.",
     ]
     for matrix, outcomes in results.items():
+        module = importlib.import_module(f"compatibility.{matrix}")
         counts = Counter(outcome.outcome for outcome in outcomes)
         shown = ", ".join(f"{counts[kind]} {kind}" for kind in ("exact", "refused", "not built", "wrong"))
-        lines += ["", f"## {MATRICES[matrix]}", "", f"{len(outcomes)} cases: {shown}. {_share(outcomes)}", ""]
+        lines += ["", f"## {MATRICES[matrix]}", "", f"{len(outcomes)} cases: {shown}. {module.summary(outcomes)}", ""]
         lines += ["| case | outcome | anchor | KL before training (nats) | why |", "|---|---|---|---|---|"]
         for outcome in outcomes:
             kl = "" if outcome.step0_kl is None else f"{outcome.step0_kl:.1e}"
             why = " ".join(outcome.why.replace("|", "\\|").split())
             lines.append(f"| {outcome.name} | {outcome.outcome} | {outcome.anchor} | {kl} | {why} |")
     return "\n".join(lines) + "\n"
-
-
-def _share(outcomes: list[Outcome]) -> str:
-    """Of the cases that can be told and that attach could take: virtual tokens are no update of weights."""
-    told = [o for o in outcomes if o.outcome != "not built" and "adds virtual tokens" not in o.why]
-    exact = sum(outcome.outcome == "exact" for outcome in told)
-    return f"Without those that were not built and those that train virtual tokens: {exact} of {len(told)} are exact."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -369,8 +369,10 @@ def adapt(model: nn.Module, inputs: dict[str, Any], last_layer: bool = False) ->
     config: Any = model.config
     excluded = ["out_proj", "conv1d"] if config.model_type in MAMBA_LIKE else []
     if last_layer:
-        decoder = {id(module) for module in (model.get_decoder() or model).modules()}  # type: ignore[operator]
-        stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in decoder}
+        towers = re.compile("vision|visual|image|audio")
+        stacks = {
+            n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and not towers.search(n)
+        }
         stack = max(stacks, key=lambda n: sum(p.numel() for p in stacks[n].parameters()))
         kept = f"{stack}.{len(stacks[stack]) - 1}."
         linear = (nn.Linear, Conv1D)
@@ -413,3 +415,13 @@ def run(case: Case) -> Outcome:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """The causal-LM types that can be built."""
+    built = [o for o in outcomes if o.name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and o.outcome != "not built"]
+    others = [outcome.name for outcome in built if outcome.outcome != "exact"]
+    return (
+        f"Of {len(built)} causal-LM types that can be built {len(built) - len(others)} are exact"
+        f"{'; not ' + ', '.join(others) if others else ''}."
+    )

@@ -15,7 +15,7 @@ from conftest import move
 from mask_the_target import TMKL, attach
 from mask_the_target.attach import Attachment
 from mask_the_target.head import evaluating
-from reference import distance, gradients, model_inputs, reference_loss
+from reference import distance, gradients, model_inputs, reference_loss, shifts_labels
 
 # Off is the original bit for bit; a frozen copy of an initial adapter that was subtracted from the base is so to the
 # rounding of that subtraction. Both relative to the largest logit.
@@ -94,7 +94,7 @@ def _check(
 
     def reference(options: TMKL) -> Any:
         torch.manual_seed(7)  # the same draws in an adapter that draws in training
-        expected = reference_loss(model, original, data, options)
+        expected = reference_loss(model, original, data, options, shifts_labels=shifts)
         if not aux_coefficient:
             return expected
         aux = attachment._previous(**model_inputs(data)).aux_loss
@@ -106,6 +106,7 @@ def _check(
         attachment = attach(model, options, base=base, full_kl=True)
     except ValueError as error:
         return Outcome(name, "refused", str(error))
+    shifts = shifts_labels(original, data, aux_coefficient)
     if spoil is not None:
         spoil(attachment)
     with attachment:

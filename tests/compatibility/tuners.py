@@ -47,6 +47,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# Types that train no update of the base's weights, beside those that train virtual tokens: a prompt in each layer, a
+# second network, the mixture of adapters that stay as they are.
+NO_WEIGHT_UPDATE = ("ADAPTION_PROMPT", "SHADOW", "XLORA")
+
+
+# PEFT leaves these weights as they lie in memory, so that no two runs are of the same model.
+UNINITIALISED = ("TINYLORA, init_weights=False",)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """``adapt(base) -> (model, base= of attach)``: what a user would do; it may raise where PEFT itself refuses."""
@@ -280,6 +289,8 @@ def _ways_to_use() -> Iterator[Case]:
 
 def run(case: Case) -> Outcome:
     """Build and check one case."""
+    if case.name in UNINITIALISED:
+        return Outcome(case.name, "not built", "PEFT leaves its weights uninitialised")
     torch.manual_seed(0)
     try:
         original = case.base()
@@ -291,3 +302,15 @@ def run(case: Case) -> Outcome:
     data = batch(vocabulary=96)
     data["input_ids"][:, 1] = 7  # what switches activated LoRA on
     return check(case.name, original, model, data, base=base)
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """PEFT's types that train a weight update, each by the case that bears its name."""
+    types = {str(kind).removeprefix("PeftType.") for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {*NO_WEIGHT_UPDATE}
+    asked = [o for o in outcomes if o.name in types and "adds virtual tokens" not in o.why]
+    others = [outcome.name for outcome in asked if outcome.outcome != "exact"]
+    return (
+        f"Of {len(asked)} types that train an update of weights {len(asked) - len(others)} are exact"
+        f"{'; not ' + ', '.join(others) if others else ''}. Refused on purpose are also uses that would be wrong: "
+        "merged adapters, base='off' on what was subtracted from the base, biases of the base that are trained."
+    )

@@ -4,28 +4,30 @@ import json
 import math
 import random
 import statistics
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 from test_probes import character_tokenizer, rows, toy
 
 from conftest import toy_llama, with_lora
 from mask_the_target.base import adapters_off
-from mask_the_target.front import evaluate, probes
+from mask_the_target.front import evaluate, facts, probes
 from mask_the_target.front.evaluate import (
     ProbeSizes,
     add_paired_errors,
     check_probes,
     evaluate_one,
     evaluate_pair,
-    evenly,
     paired_stderr,
 )
 from mask_the_target.front.facts import FACTS
+from mask_the_target.front.probes import evenly
 
-SIZES = ProbeSizes(target_rows=10, answer_rows=4, text_windows=4, facts_per_kind=2, drift_rows=3)
+SIZES = ProbeSizes(target_rows=10, answer_rows=4, text_windows=4, facts_per_kind=2, drift_rows=3, documents=6)
 
 
 def test_a_pair_holds_every_probe_of_both_states() -> None:
@@ -55,9 +57,45 @@ def test_a_pair_holds_every_probe_of_both_states() -> None:
         statistics.stdev([a - b for a, b in zip(*text, strict=True)]) / math.sqrt(4)
     )
     assert {"greedy_stderr", "logprob_stderr"} <= set(found["adapted"]["facts"])
+    _check_answers(found, model, tokenizer, evenly(data, 4))
+
+    # A few of the answers that the scores are made of, to the same questions in both.
+    answered = evenly(data, 4)
+    with adapters_off(model):
+        answers = probes.greedy_answers(model, tokenizer, [row["prompt"] for row in answered], 4)
+    assert base["answers"] == [
+        {"question": row["prompt"][-1]["content"], "right": probes.completion_text(row), "answer": answer}
+        for row, answer in zip(answered, answers, strict=True)
+    ]
+    for probe in ("target", "facts"):
+        asked = [[(row["question"], row["right"]) for row in found[state][probe]["answers"]] for state in found]
+        assert asked[0] == asked[1]
+    questions = evenly(facts.questions(limit=2), evaluate.SHOWN)
+    assert asked[0] == [(question.text, question.answer) for question in questions]
     assert found["base"]["facts"]["n"] == 2 * len(FACTS)
     assert found["base"]["target"]["n"] == 10
     assert found["base"]["target"]["answered"] == 4
+
+
+def _check_answers(found: dict[str, evaluate.Result], model: Any, tokenizer: Any, asked: list[Any]) -> None:
+    """Exact match, token error rate and chrF of both states, from answers generated anew."""
+    references = [row["completion"][0]["content"] for row in asked]
+    edits = {}
+    for state, context in (("base", adapters_off(model)), ("adapted", nullcontext())):
+        with context:
+            answers = probes.greedy_answers(model, tokenizer, [row["prompt"] for row in asked], 4)
+        edits[state], tokens = probes.token_edits(answers, references)
+        target = found[state]["target"]
+        assert (
+            target["exact_match"] == sum(a.split() == b.split() for a, b in zip(answers, references, strict=True)) / 4
+        )
+        assert target["token_error_rate"] == sum(edits[state]) / sum(len(text.split()) for text in references)
+        assert target["chrf"] == sacrebleu.corpus_chrf(answers, [references]).score
+        assert ("token_error_rate_stderr" in target, "chrf_stderr" in target) == (state == "adapted", False)
+    differences = [a - b for a, b in zip(edits["adapted"], edits["base"], strict=True)]
+    assert found["adapted"]["target"]["token_error_rate_stderr"] == pytest.approx(
+        statistics.stdev(differences) * math.sqrt(4) / tokens
+    )
 
 
 def test_the_base_measured_earlier_gives_the_same_errors_as_a_pair(tmp_path: Path) -> None:
@@ -85,8 +123,12 @@ def test_drift_alone_measures_no_base() -> None:
 
 def test_probes_are_checked() -> None:
     assert check_probes(["text:bible", "text", "facts"]) == ["text:bible", "text:python_docs", "facts"]
-    with pytest.raises(ValueError, match=r"'mmlu'; known: target, text, text:python_docs, text:bible, facts, drift"):
+    with pytest.raises(
+        ValueError, match=r"'mmlu'. Known: target, text, text:python_docs, text:bible, facts, drift, lm_eval:TASK"
+    ):
         check_probes(["facts", "mmlu"])
+    with pytest.raises(ValueError, match=r"unknown probe 'fact'\. Did you mean 'facts'\?"):
+        check_probes(["fact"])
     with pytest.raises(ValueError, match="no probe was asked for"):
         check_probes([])
 
@@ -117,9 +159,12 @@ def test_paired_error_is_that_of_the_differences() -> None:
         paired_stderr([1, 2], [1, 2, 3])
 
 
-def test_the_target_error_is_per_token() -> None:
-    base: evaluate.Result = {"target": {"tokens": 8, "samples": {"nats": [4.0, 8.0]}}}
-    adapted: evaluate.Result = {"target": {"tokens": 8, "samples": {"nats": [2.0, 2.0]}}}
+def test_the_target_errors_are_per_token() -> None:
+    counts = {"tokens": 8, "answer_tokens": 4}
+    base: evaluate.Result = {"target": {**counts, "samples": {"nats": [4.0, 8.0], "edits": [3, 1]}}}
+    adapted: evaluate.Result = {"target": {**counts, "samples": {"nats": [2.0, 2.0], "edits": [0, 0]}}}
     add_paired_errors(adapted, base)
     # Rows of four tokens: the per-token differences are -0.5 and -1.5, whose mean has a standard error of 0.5.
     assert adapted["target"]["stderr"] == pytest.approx(0.5)
+    # Right answers of two: -1.5 and -0.5 edits per token.
+    assert adapted["target"]["token_error_rate_stderr"] == pytest.approx(0.5)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ from conftest import toy_llama, with_lora
 from mask_the_target.base import adapters_off
 from mask_the_target.front import probes
 from mask_the_target.front.facts import facts
-from mask_the_target.front.probes import edit_distance, encode_row, target_loss, text_loss, text_windows
+from mask_the_target.front.probes import encode_row, target_loss, text_loss, text_windows
 
 SPECIAL = ["<unk>", "<bos>", "<end>", "<user>", "<assistant>", "<system>"]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?'\n"
@@ -180,24 +181,53 @@ def test_an_end_of_turn_that_only_the_model_knows_ends_an_answer() -> None:
     assert short == long[: long.index(long[3])]
 
 
-symbols = st.lists(st.sampled_from("abc"), max_size=8)
+def distance_by_definition(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """Levenshtein's recursion, without a table."""
+    if not a or not b:
+        return len(a) + len(b)
+    if a[-1] == b[-1]:
+        return distance_by_definition(a[:-1], b[:-1])
+    shorter = ((a[:-1], b), (a, b[:-1]), (a[:-1], b[:-1]))
+    return 1 + min(distance_by_definition(*pair) for pair in shorter)
 
 
-@given(symbols, symbols, symbols)
-def test_edit_distance_is_a_metric(a: list[str], b: list[str], c: list[str]) -> None:
-    assert (edit_distance(a, b) == 0) == (a == b)
-    assert edit_distance(a, b) == edit_distance(b, a)
-    assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c)
-    assert abs(len(a) - len(b)) <= edit_distance(a, b) <= max(len(a), len(b))
+sentences = st.lists(st.sampled_from(["AE1", "K", "T"]), max_size=5).flatmap(
+    lambda words: st.sampled_from([" ", "  ", "\n", "\t "]).map(lambda space: space.join(words) + space)
+)
 
 
-def test_error_rates_of_known_pairs() -> None:
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("flaw", "lawn") == 2
+@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4))
+def test_token_edits_are_the_fewest(pairs: list[tuple[str, str]]) -> None:
+    edits, tokens = probes.token_edits([answer for answer, _ in pairs], [reference for _, reference in pairs])
+    assert edits == [distance_by_definition(tuple(a.split()), tuple(b.split())) for a, b in pairs]
+    assert tokens == sum(len(reference.split()) for _, reference in pairs)
+
+
+def test_task_metrics_of_known_pairs() -> None:
     # One substitution, one insertion, and a right answer: 2 edits to 3 + 1 + 2 tokens.
     answers, references = ["K AE1 D", "B AW1", "IH1  T"], ["K AE1 T", "B", "IH1 T"]
-    assert probes.token_error_rate(answers, references) == pytest.approx(2 / 6)
-    assert probes.exact_match(answers, references) == pytest.approx(1 / 3)
+    assert probes.token_edits(answers, references) == ([1, 1, 0], 6)
+    assert probes.exact_matches(answers, references) == [False, False, True]
+    assert probes.chrf(["IH1 T"], ["IH1 T"]) == pytest.approx(100)
+    assert probes.chrf(["xyzxyzxyz"], ["abcdef abc"]) == 0
+
+
+def test_chrf_is_popovics_formula() -> None:
+    answers = ["the capital of france is paris", "madrid, I think", "roma"]
+    references = ["The capital of France is Paris.", "it is madrid", "rome is it"]
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        hits = total_answer = total_reference = 0
+        for answer, reference in zip(answers, references, strict=True):
+            grams = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in
+                     ("".join(answer.split()), "".join(reference.split()))]  # fmt: skip
+            hits += (grams[0] & grams[1]).total()
+            total_answer += grams[0].total()
+            total_reference += grams[1].total()
+        precisions.append(hits / total_answer)
+        recalls.append(hits / total_reference)
+    precision, recall = sum(precisions) / 6, sum(recalls) / 6
+    assert probes.chrf(answers, references) == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ COMPARISON: dict[str, Any] = {
         {
             "name": "base",
             "probes": {
-                "target": {"loss": 7.621, "exact_match": 0.0, "token_error_rate": 1.5, "n": 10},
+                "target": {"loss": 7.621, "exact_match": 0.0, "token_error_rate": 1.5, "chrf": 3.21, "n": 10},
                 "text:python_docs": {"loss": 3.0, "tokens": 100},
                 "text:bible": {"loss": 2.5, "tokens": 100},
                 "facts": {"greedy": 0.52, "logprob": 0.71, "n": 500},
@@ -37,7 +37,7 @@ COMPARISON: dict[str, Any] = {
         {
             "name": "CE",
             "probes": {
-                "target": {"loss": 0.913, "exact_match": 0.375, "token_error_rate": 0.25, "n": 10},
+                "target": {"loss": 0.913, "exact_match": 0.375, "token_error_rate": 0.25, "chrf": 61.54, "n": 10},
                 "text:python_docs": {"loss": 3.5, "stderr": 0.0123, "tokens": 100},
                 "text:bible": {"loss": 2.75, "stderr": 0.02, "tokens": 100},
                 "facts": {"greedy": 0.21, "logprob": 0.68, "n": 500},
@@ -47,7 +47,7 @@ COMPARISON: dict[str, Any] = {
         {
             "name": "CE + TMKL",
             "probes": {
-                "target": {"loss": 0.95, "exact_match": 0.36, "token_error_rate": 0.26, "n": 10},
+                "target": {"loss": 0.95, "exact_match": 0.36, "token_error_rate": 0.26, "chrf": 60.0, "n": 10},
                 "text:python_docs": {"loss": 3.05, "stderr": 0.004, "tokens": 100},
                 "text:bible": {"loss": 2.51, "stderr": 0.003, "tokens": 100},
                 "facts": {"greedy": 0.5, "logprob": 0.7, "n": 500},
@@ -79,6 +79,7 @@ def test_table_has_every_number_in_its_row() -> None:
         (tmkl, "KL, full", "8.765"),
     ):
         assert row[heading.index(column)] == text, (column, row)
+    assert "chrF" not in heading  # the page and the terminal have room for it
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
@@ -122,7 +123,18 @@ def test_page_is_self_contained_and_holds_the_numbers(tmp_path: Path) -> None:
         assert not re.search(r"https?:|//", value or ""), (name, value)
         assert name not in ("src", "href", "xlink:href") or (value or "").startswith("#"), (name, value)
     assert not re.search(r"url\((?!#)|@import", source)
-    for text in ("7.621", "+0.500 ± 0.012", "90.0% ± 1.5%", "A CPU", "9.9.9", "mtt demo", "One seed (7)", "61"):
+    for text in (
+        "7.621",
+        "chrF",
+        "61.5",
+        "+0.500 ± 0.012",
+        "90.0% ± 1.5%",
+        "A CPU",
+        "9.9.9",
+        "mtt demo",
+        "One seed (7)",
+        "61",
+    ):
         assert text in page.text
     for column in report.columns_and_rows(COMPARISON)[0][1:]:
         assert column.meaning in page.text

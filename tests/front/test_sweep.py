@@ -166,6 +166,11 @@ def test_points_are_what_the_saved_adapters_give(whole: tuple[Path, list[dict[st
             *((2, 0.5, 1.0), (4, 1.0, 1.0), (4, 1.0, 0.5)),
         ]
         assert (result["learned"], result["rise"]) == (result["points"][1]["learned"], result["points"][1]["rise"])
+        # Answers of the end and of the base, side by side; nothing else that grows with the probes' sizes.
+        assert ["answers" in point["probes"]["target"] for point in result["points"]] == [False, True, False]
+        end, start = result["points"][1]["probes"]["target"]["answers"], result["base"]["target"]["answers"]
+        assert [row["question"] for row in end] == [row["question"] for row in start]
+        assert "samples" not in result["base"]["target"]
     common: dict[str, Any] = {"target_rows": "arpabet", "sizes": SIZES["tiny"]}
     probes = ["target", "text:python_docs"]
     base = evaluate_one(*load_model(str(model)), probes, **common)
@@ -182,6 +187,19 @@ def test_points_are_what_the_saved_adapters_give(whole: tuple[Path, list[dict[st
         assert point["rise"] == pytest.approx(rise, abs=1e-5)
     assert len({point["learned"] for result in results for point in result["points"]}) == 9
     assert set(compare(results)) == {"arpabet"}
+
+
+def test_the_page_of_a_real_study(whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    for package in ("plotly", "matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    assert main(["report", str(whole[0]), "--output", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    figures = compare(whole[1])["arpabet"]["methods"]["tmkl"]
+    assert f"{figures['hypervolume']['mean']:.3f}".replace("-", "−") in text
+    for answer in whole[1][0]["points"][1]["probes"]["target"]["answers"]:
+        assert answer["right"] in text
+    assert len((tmp_path / "page.csv").read_text(encoding="utf-8").splitlines()) == 1 + 9
+    assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
 def test_again_runs_nothing_and_more_seeds_only_the_new_ones(
@@ -416,7 +434,11 @@ BAD = [
     ({"checkpoints": [0.5, 1.5]}, "checkpoints must lie in (0, 1], but is 1.5"),
     ({"scales": [0]}, "scales must lie in (0, 1], but is 0"),
     ({"methods": {}}, "methods is missing or empty"),
-    ({"methods": {"ce": {"method": "ec"}}}, "methods.ce: method: 'ec' is not one of: tmkl, ce"),
+    ({"methods": {"e": {"method": "ewcc"}}}, "methods.e: Unknown method 'ewcc'. Did you mean 'ewc'?"),
+    (
+        {"methods": {"e": {"method": "ewc", "grid": {"rival_weight": [1, 0]}}}},
+        "methods.e: rival_weight is 0: for 'ewc' it is the lambda, a number above 0",
+    ),
     (
         {"methods": {"ce": {"lerning_rate": 1}}},
         "methods.ce: unknown option 'lerning_rate'. Did you mean 'learning_rate'?",

@@ -423,3 +423,41 @@ def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     other.train()
     assert _logged(other)[-1]["kl"] > 0
     assert attachment_of(unwrap(other.model)[0]) is None
+
+
+@pytest.mark.parametrize("cls", [Trainer, SFTTrainer])
+def test_context_anchors_have_their_own_denominator_in_each_trainer(tmp_path: Path, cls: type) -> None:
+    """One batch of 8 or 8 of 1: same losses and same weights; and the same as by hand."""
+    options = TMKL(weight=0.5, context_weight=0.8)
+    base = toy_llama()
+    start = with_lora(copy.deepcopy(base), moved=0.2)
+    logs, weights = [], []
+    for size, steps in ((8, 1), (1, 8)):
+        model = copy.deepcopy(start)
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        settings["remove_unused_columns"] = False
+        if cls is Trainer:
+            trainer = _trainer(tmp_path, model, TMKLCallback(options), **settings)
+        else:
+            trainer = SFTTrainer(
+                model=model,
+                args=_arguments(tmp_path, SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, **settings),
+                train_dataset=Dataset.from_list(ROWS),
+                data_collator=_collate,
+                processing_class=_tokenizer(),
+                callbacks=[TMKLCallback(options)],
+            )
+        trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(ROWS)
+        trainer.train()
+        assert "get_batch_samples" not in vars(trainer)
+        logs.append(_logged(trainer))
+        weights.append([p.detach() for p in model.parameters() if p.requires_grad])
+    for one, accumulated in zip(*logs, strict=True):
+        for name in ("loss", "ce", "kl", "context_kl"):
+            assert accumulated[name] == pytest.approx(one[name], rel=1e-3), name
+        assert one["loss"] == pytest.approx(one["ce"] + 0.5 * one["kl"] + 0.8 * one["context_kl"], rel=1e-3)
+        assert one["context_kl"] > 0.01
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*weights, strict=True))
+    expected = reference_loss(start, base, _collate(ROWS[:8]), options)
+    assert logs[0][0]["context_kl"] == pytest.approx(float(expected.context_kl), rel=1e-4)
+    assert logs[0][0]["loss"] == pytest.approx(float(expected.loss), rel=1e-4)

@@ -40,7 +40,7 @@ PROBES = ("target", "text:python_docs", "text:bible", "facts", "drift")
 SIZES = {
     "quick": ProbeSizes.quick(),
     "full": ProbeSizes.full(),
-    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4),
+    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4, documents=4),
 }
 Measured = dict[str, dict[str, Any]]  # probe -> metrics and "samples"
 
@@ -238,7 +238,7 @@ def _compare(
         if arm != "base":
             add_paired_errors(found, measured["base"])
         metrics = {
-            probe: {key: value for key, value in values.items() if key not in ("samples", "seconds")}
+            probe: {key: value for key, value in values.items() if key not in ("samples", "answers", "seconds")}
             for probe, values in found.items()
         }
         arms.append({"name": MEASURED[arm], "probes": metrics})

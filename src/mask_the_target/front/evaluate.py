@@ -1,28 +1,34 @@
 """What a model has learned and what it has kept, as one table of numbers.
 
 Results are plain dicts that JSON can hold: {probe: {metric: value}}. Each probe also lists its "samples", one value per
-row, window or question, so that any two results of the same probes, sizes and precision can be compared in pairs.
+row, window or question, so that any two results of the same probes, sizes and precision can be compared in pairs. Where
+questions are answered, "answers" shows a few: [{"question", "right", "answer"}, ...], of the same questions in each.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mask_the_target.base import adapters_off
+from mask_the_target.front import harness
 from mask_the_target.front import probes as measure
 from mask_the_target.front.facts import facts
+from mask_the_target.front.probes import evenly
 from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 
 PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
-T = TypeVar("T")
+# Samples that are sums over a row's tokens: the standard error that they give, and the count that divides their total.
+PER_TOKEN = {"nats": ("stderr", "tokens"), "edits": ("token_error_rate_stderr", "answer_tokens")}
+SHOWN = 5  # answers to look at
 Result = dict[str, dict[str, Any]]
 
 
@@ -35,28 +41,53 @@ class ProbeSizes:
     text_windows: int  # of 256 tokens, from each source
     facts_per_kind: int
     drift_rows: int
+    documents: int  # of each task of lm-evaluation-harness
 
     @classmethod
     def full(cls) -> ProbeSizes:
         """For a result to report: every fact, 30,600 tokens of text."""
-        return cls(target_rows=500, answer_rows=250, text_windows=60, facts_per_kind=1000, drift_rows=200)
+        return cls(
+            target_rows=500, answer_rows=250, text_windows=60, facts_per_kind=1000, drift_rows=200, documents=250
+        )
 
     @classmethod
     def quick(cls) -> ProbeSizes:
         """For the demo and for a look during training: about a third of `full`."""
-        return cls(target_rows=200, answer_rows=100, text_windows=30, facts_per_kind=60, drift_rows=60)
+        return cls(target_rows=200, answer_rows=100, text_windows=30, facts_per_kind=60, drift_rows=60, documents=80)
 
 
 def check_probes(probes: Iterable[str]) -> list[str]:
-    """The probes with "text" spelled out as its sources, none twice. Raises ValueError that lists the known ones."""
+    """The probes with "text" spelled out as its sources and a tag of lm-evaluation-harness as its tasks, none twice.
+
+    Beside those of PROBES there are "lm_eval:TASK" and "lm_eval:FILE.yaml", see `harness`. The first of them reads what
+    the harness has, which takes ten seconds.
+    Raises ValueError that names the nearest ones or lists the known ones, and what `harness.check_task` raises.
+    """
+    known = f"Known: {', '.join(PROBES)}, {harness.PREFIX}TASK."
     chosen: list[str] = []
     for probe in probes:
-        if probe not in PROBES:
-            raise ValueError(f"unknown probe {probe!r}; known: {', '.join(PROBES)}")
-        chosen += [f"text:{source}" for source in measure.TEXT_SOURCES] if probe == "text" else [probe]
+        if probe.startswith(harness.PREFIX):
+            chosen += [harness.PREFIX + task for task in harness.check_task(probe.removeprefix(harness.PREFIX))]
+        elif probe == "text":
+            chosen += [f"text:{source}" for source in measure.TEXT_SOURCES]
+        elif probe in PROBES:
+            chosen.append(probe)
+        else:
+            close = difflib.get_close_matches(probe, PROBES, n=1)
+            raise ValueError(f"unknown probe {probe!r}. " + (f"Did you mean {close[0]!r}? " if close else "") + known)
     if not chosen:
-        raise ValueError(f"no probe was asked for; known: {', '.join(PROBES)}")
+        raise ValueError(f"no probe was asked for. {known}")
     return list(dict.fromkeys(chosen))
+
+
+def load_tasks(probes: Iterable[str]) -> None:
+    """Load the data of those probes that are tasks of lm-evaluation-harness, so that what is missing shows early.
+
+    Raises what `harness.load_task` raises.
+    """
+    for probe in probes:
+        if probe.startswith(harness.PREFIX):
+            harness.load_task(probe.removeprefix(harness.PREFIX))
 
 
 def evaluate_one(
@@ -75,7 +106,7 @@ def evaluate_one(
     """Measure one state of a model.
 
     Args:
-        probes: names out of PROBES.
+        probes: names out of PROBES, or tasks of lm-evaluation-harness, see `check_probes`.
         target_rows: held-out prompt-completion rows, or a recipe's name for its test split; for "target" and "drift".
         max_new_tokens: the longest answer; a recipe brings its own.
         sizes: default `ProbeSizes.full()`.
@@ -83,7 +114,8 @@ def evaluate_one(
         base_context: for "drift", see `probes.drift`.
         autocast: precision of all probes but drift; "auto" takes bfloat16 where the hardware has it.
     Raises:
-        ValueError: unknown probe, no target rows where they are needed, or no adapter for "drift".
+        ValueError: unknown probe, no target rows where they are needed, no adapter for "drift", or a task of the
+            harness that can't be loaded or run.
         ModuleNotFoundError: a probe's data package is missing; the message says how to install it.
     """
     chosen = check_probes(probes)
@@ -104,6 +136,11 @@ def evaluate_one(
                 model, tokenizer, evenly(rows, sizes.drift_rows), base_context=base_context, progress=progress
             )
             result[probe] = {"masked_kl": moved.masked_kl, "full_kl": moved.full_kl, "tokens": moved.tokens}
+        elif probe.startswith(harness.PREFIX):
+            task = probe.removeprefix(harness.PREFIX)
+            result[probe] = harness.run_task(
+                model, tokenizer, task, documents=sizes.documents, autocast=precision, progress=progress
+            )
         else:
             source = probe.split(":")[1]
             text = measure.text_loss(
@@ -162,12 +199,6 @@ def fast_bfloat16(device: str) -> bool:
     return device == "cpu" and native()
 
 
-def evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` items spread evenly over `items`; all of them if there are fewer."""
-    count = min(count, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
-
-
 def paired_stderr(values: Sequence[float], others: Sequence[float]) -> float:
     """Standard error of the mean difference of paired samples; NaN for fewer than two pairs.
 
@@ -183,17 +214,18 @@ def paired_stderr(values: Sequence[float], others: Sequence[float]) -> float:
 
 
 def add_paired_errors(adapted: Result, base: Result) -> None:
-    """Add to each probe that both have the paired standard error of (adapted - base): "stderr" for a loss, else
-    "greedy_stderr" and "logprob_stderr".
+    """Add to each probe that both have the paired standard error of (adapted - base): "stderr" for a loss, else that
+    of the metric, as "greedy_stderr".
 
-    The loss on the target is per token, so its error is that of the summed differences over the number of tokens.
+    What is per token on the target has the error of the summed differences over the number of tokens.
     """
     for probe in adapted.keys() & base.keys():
         samples, others = adapted[probe].get("samples", {}), base[probe].get("samples", {})
         for metric in samples.keys() & others.keys():
             error = paired_stderr(samples[metric], others[metric])
-            if metric == "nats":
-                adapted[probe]["stderr"] = error * len(samples[metric]) / adapted[probe]["tokens"]
+            if metric in PER_TOKEN:
+                name, tokens = PER_TOKEN[metric]
+                adapted[probe][name] = error * len(samples[metric]) / max(1, adapted[probe][tokens])
             else:
                 adapted[probe]["stderr" if metric == "loss" else f"{metric}_stderr"] = error
 
@@ -218,6 +250,10 @@ def _target(
     precision: torch.dtype | None,
     progress: bool,
 ) -> dict[str, Any]:
+    """Loss, and the greedy answers' exact match, token error rate and chrF (see `probes`).
+
+    chrF is one figure of all answers, which no row has a part of, so it has no standard error.
+    """
     scored, answered = evenly(rows, sizes.target_rows), evenly(rows, sizes.answer_rows)
     loss = measure.target_loss(model, tokenizer, scored, autocast=precision, progress=progress)
     answers = measure.greedy_answers(
@@ -230,14 +266,19 @@ def _target(
         label="target answers",
     )
     references = [measure.completion_text(row) for row in answered]
+    exact = [int(right) for right in measure.exact_matches(answers, references)]
+    edits, answer_tokens = measure.token_edits(answers, references)
     return {
         "loss": loss.loss,
-        "exact_match": measure.exact_match(answers, references),
-        "token_error_rate": measure.token_error_rate(answers, references),
+        "exact_match": statistics.fmean(exact),
+        "token_error_rate": sum(edits) / max(1, answer_tokens),
+        "chrf": measure.chrf(answers, references),
         "n": len(scored),
         "tokens": sum(loss.tokens),
         "answered": len(answered),
-        "samples": {"nats": loss.sums},
+        "answer_tokens": answer_tokens,
+        "samples": {"nats": loss.sums, "exact_match": exact, "edits": edits},
+        "answers": _shown([measure.question_text(row) for row in answered], references, answers),
     }
 
 
@@ -255,4 +296,11 @@ def _facts(
         kind: scores([place for place, other in enumerate(found.kinds) if other == kind])
         for kind in dict.fromkeys(found.kinds)
     }
-    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples}
+    asked, right = zip(*((question.text, question.answer) for question in found.questions), strict=True)
+    shown = _shown(asked, right, found.answers)
+    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples, "answers": shown}
+
+
+def _shown(questions: Sequence[str], right: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    whole = list(zip(questions, right, answers, strict=True))
+    return [dict(zip(("question", "right", "answer"), row, strict=True)) for row in evenly(whole, SHOWN)]

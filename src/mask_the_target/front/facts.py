@@ -179,6 +179,7 @@ class Facts:
     greedy: list[bool]
     logprob: list[bool]
     answers: list[str] = field(repr=False)
+    questions: list[Question] = field(repr=False)
 
 
 def facts(
@@ -213,6 +214,7 @@ def facts(
         greedy=[question.found_in(answer) for question, answer in zip(asked, answers, strict=True)],
         logprob=[row[0] < min(row[1:]) for row in means],
         answers=answers,
+        questions=asked,
     )
 
 

@@ -15,15 +15,22 @@ import torch
 from mask_the_target import TMKL, CachedBase
 from mask_the_target.base import BaseChoice
 from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name, check_parts
+from mask_the_target.front.rivals import HELP, RIVALS, check_settings
 
 
 @dataclass
 class TMKLArguments:
     """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`."""
 
-    method: Literal["tmkl", "ce"] = field(
-        default="tmkl", metadata={"help": "tmkl: cross-entropy plus target-masked KL. ce: plain cross-entropy (TRL)."}
+    method: str = field(
+        default="tmkl",
+        metadata={
+            "help": "tmkl: cross-entropy plus target-masked KL. ce: plain cross-entropy (TRL). Rivals: "
+            + ", ".join(f"{name} ({rival.title}, {rival.source})" for name, rival in RIVALS.items())
+            + "."
+        },
     )
+    rival_weight: float | None = field(default=None, metadata={"help": HELP + "."})
     tmkl_weight: float = field(default=1.0, metadata={"help": "Factor of the KL."})
     tmkl_divergence: Literal["forward", "reverse", "jsd"] = field(
         default="forward", metadata={"help": "forward is KL(base || adapted)."}
@@ -36,6 +43,13 @@ class TMKLArguments:
     tmkl_temperature: float = field(default=1.0, metadata={"help": "Temperature of both; the KL is times its square."})
     tmkl_exclude_base_above: float | None = field(
         default=None, metadata={"help": "Leave out positions where the base gives the target more than this."}
+    )
+    tmkl_context_weight: float = field(
+        default=0.0,
+        metadata={"help": "Factor of the full KL at the prompt's positions, without a target; not in the paper."},
+    )
+    tmkl_context_tokens: int | None = field(
+        default=None, metadata={"help": "At most so many of them a step, sampled; default: all."}
     )
     base: Literal["auto", "off", "initial", "cached"] = field(
         default="auto",
@@ -78,6 +92,8 @@ class TMKLArguments:
             position_weight=self.tmkl_position_weight,
             temperature=self.tmkl_temperature,
             exclude_base_above=self.tmkl_exclude_base_above,
+            context_weight=self.tmkl_context_weight,
+            context_tokens=self.tmkl_context_tokens,
         )
 
 
@@ -220,6 +236,7 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> None:
 
 def _check_settings(settings: Settings) -> None:
     training, model, script, tmkl = settings.training, settings.model, settings.script, settings.tmkl
+    check_settings(settings)
     tmkl.options()
     tmkl.base_choice()
     if not model.use_peft:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,18 @@ from mask_the_target.front.recipes import Row
 from mask_the_target.head import evaluating
 from mask_the_target.objective import TMKL, target_masked_kl
 
+T = TypeVar("T")
+INSTALL = "pip install 'mask-the-target[front]'"
 MAX_LOGIT_ROWS = 512  # rows of the vocabulary's width that exist at a time: 100 MB for V = 49,152 in float32
 
 
 # --- running a model -------------------------------------------------------------------------------------------------
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` items spread evenly over `items`; all of them if there are fewer."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 @contextmanager
@@ -199,6 +207,12 @@ def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     return tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
+def question_text(row: Row) -> str:
+    """What a prompt-completion row asks: its plain prompt, or the last turn of its messages."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def completion_text(row: Row) -> str:
     """The right answer of a prompt-completion row."""
     completion = row["completion"]
@@ -287,25 +301,39 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that equal their reference, whitespace aside."""
-    return sum(a.split() == b.split() for a, b in zip(answers, references, strict=True)) / len(references)
+def exact_matches(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """For each answer whether it equals its reference, whitespace aside."""
+    return [a.split() == b.split() for a, b in zip(answers, references, strict=True)]
 
 
-def token_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Edits from answers to references per reference token, split at whitespace: for ARPAbet, phoneme error rate."""
-    pairs = [(a.split(), b.split()) for a, b in zip(answers, references, strict=True)]
-    return sum(edit_distance(a, b) for a, b in pairs) / max(1, sum(len(b) for _, b in pairs))
+def token_edits(answers: Sequence[str], references: Sequence[str]) -> tuple[list[int], int]:
+    """Per answer the fewest insertions, deletions and substitutions of whitespace-separated tokens that turn it into
+    its reference, and the number of tokens in all references.
+
+    The sum of the first over the second is the token error rate, lower is better: it can exceed 1, and for ARPAbet it
+    is the phoneme error rate. Computed by jiwer, whose name for it is the word error rate.
+    """
+    package_folder("jiwer", "the probe 'target'", INSTALL)
+    import jiwer
+
+    edits, tokens = [], 0
+    for answer, reference in zip(answers, references, strict=True):
+        words = reference.split()
+        found = jiwer.process_words(" ".join(words), " ".join(answer.split()))
+        edits.append(found.substitutions + found.deletions + found.insertions)
+        tokens += len(words)
+    return edits, tokens
 
 
-def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Fewest insertions, deletions and substitutions that turn `a` into `b` (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
+    """chrF of all answers together, 0 to 100, higher is better: F2 of character n-grams up to 6, whitespace aside.
+
+    Popović 2015 (doi:10.18653/v1/W15-3049), computed by sacrebleu with its defaults (chrF2, no word n-grams).
+    """
+    package_folder("sacrebleu", "the probe 'target'", INSTALL)
+    import sacrebleu
+
+    return sacrebleu.corpus_chrf(list(answers), [list(references)]).score
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

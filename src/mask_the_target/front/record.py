@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mask_the_target.front.backbones import PREFIX
+from mask_the_target.front.rivals import RIVALS, strength_of
 
 if TYPE_CHECKING:
     from mask_the_target.front.data import Data
     from mask_the_target.front.options import Settings
 
-PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
+PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm-eval")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -48,12 +49,15 @@ def versions() -> dict[str, str]:
 
 def _method(arguments: Any) -> dict[str, Any]:
     """The objective alone: where hidden states are kept doesn't change it, so a run may go on with or without."""
-    if arguments.method != "tmkl":
-        return {"method": "ce"}
-    fields = {
-        name: value for name, value in asdict(arguments).items() if name != "adapter" and not name.startswith("cache_")
-    }
-    return fields | {"base": "auto" if arguments.base == "cached" else arguments.base}
+    base = "auto" if arguments.base == "cached" else arguments.base
+    if arguments.method == "tmkl":
+        fields = {name: value for name, value in asdict(arguments).items() if name.startswith("tmkl_")}
+        return {"method": "tmkl", **fields, "base": base}
+    rival = RIVALS.get(arguments.method)
+    found: dict[str, Any] = {"method": arguments.method}
+    if rival is not None and rival.strength is not None:
+        found["rival_weight"] = strength_of(arguments.method, arguments.rival_weight)
+    return found | ({"base": base} if rival is not None and rival.uses_base else {})
 
 
 def new_record(settings: Settings, data: Data) -> dict[str, Any]:
@@ -147,6 +151,8 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
         load = "import mask_the_target.sine_lora\n" + load
     if record["method"]["method"] == "tmkl":
         name, source = "target-masked KL (TMKL)", f"Method: Xu, Garg, Saratchandran, Lucey, {PAPER}, {LINK}."
+    elif (rival := RIVALS.get(record["method"]["method"])) is not None:
+        name, source = rival.title, f"Method: {rival.source}; a baseline of TMKL, {PAPER}, {LINK}."
     else:
         name, source = "plain cross-entropy", f"The plain baseline of {PAPER}, {LINK}."
     options = _listed((key.removeprefix("tmkl_"), value) for key, value in record["method"].items() if key != "method")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mask_the_target.front.harness import PREFIX
 from mask_the_target.front.record import write_whole
 
 Arm = Mapping[str, Any]
@@ -28,11 +29,13 @@ TEXTS = {"text:python_docs": "Python docs", "text:bible": "Bible"}
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: its heading, what it means, and which way is better."""
+    """One column of the table: its heading, what it means, which way is better, and whether the Markdown table, where
+    it takes width, leaves it out."""
 
     heading: str
     meaning: str
     better: str = ""
+    minor: bool = False
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -75,6 +78,12 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
         ),
         [_percent(value) for value in metric("target", "token_error_rate")],
     )
+    add(
+        Column(
+            "chrF", "Characters of the right answers that are found, as F2 of n-grams, 0 to 100.", "higher", minor=True
+        ),
+        [_number(value, 1) for value in metric("target", "chrf")],
+    )
     for probe, name in TEXTS.items():
         losses, errors = metric(probe, "loss"), metric(probe, "stderr")
         start = base.get(probe, {}).get("loss")
@@ -113,6 +122,10 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
         Column("facts, log-prob", "Share of them where the right answer is likelier than its distractors.", "higher"),
         [_percent(value) for value in metric("facts", "logprob")],
     )
+    for probe in dict.fromkeys(probe for arm in arms for probe in arm["probes"] if probe.startswith(PREFIX)):
+        found = [arm["probes"].get(probe, {}) for arm in arms]
+        for column, values in _task_columns(probe.removeprefix(PREFIX), found, base.get(probe, {})):
+            add(column, values)
     add(
         Column("KL, masked", "KL from the base on held-out answers without the target token, nats per token.", "lower"),
         [_number(value) for value in metric("drift", "masked_kl")],
@@ -127,10 +140,30 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
     return columns, [list(row) for row in zip(*cells, strict=True)]
 
 
+def _task_columns(
+    task: str, found: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+) -> list[tuple[Column, list[str]]]:
+    """A task of lm-evaluation-harness: its main figure, and that less the base's, for each arm's result of it."""
+    name = next(f"{Path(task).stem} {values['metric'].removesuffix(',none')}" for values in found if values)
+    better = next(values["better"] for values in found if values)
+    scores, changes = [], []
+    for values in found:
+        score = values.get("score")
+        own = values.get("_stderr,".join(values.get("metric", ",").rsplit(",", 1)))
+        scores.append(_with_error(_number(score), _number(own)))
+        paired = "score_stderr" in values and "score" in base
+        changes.append(f"{score - base['score']:+.3f} ± {_number(values['score_stderr'])}" if paired else "")
+    meaning = f"What lm-evaluation-harness gives for its task {task}, in its unit, with its standard error."
+    change = "That figure less the base's, with its standard error over paired documents."
+    return [(Column(name, meaning, better), scores), (Column(f"{name}: change", change, better), changes)]
+
+
 def table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, arms as rows."""
+    """The comparison as a Markdown table, arms as rows, without minor columns."""
     columns, rows = columns_and_rows(comparison)
-    lines = [[column.heading for column in columns], ["---", *["---:"] * (len(columns) - 1)], *rows]
+    kept = [place for place, column in enumerate(columns) if not column.minor]
+    lines = [[columns[place].heading for place in kept], ["---", *["---:"] * (len(kept) - 1)]]
+    lines += [[row[place] for place in kept] for row in rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -237,13 +270,7 @@ def _svg(comparison: Mapping[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ page
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
+STYLE = """\
 :root { color-scheme: light dark; --ink: #1f2430; --dim: #5b6272; --line: #d5d9e0; --ground: #fff; --mark: #0f766e; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8ec; --dim: #a3aaba; --line: #3a4050; --ground: #171a21; --mark: #5eead4; }
@@ -260,6 +287,15 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 em { color: var(--mark); font-style: normal; }
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+{{ style }}
 </style>
 </head>
 <body>
@@ -315,9 +351,17 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def render(template: str, **values: Any) -> str:
+    """A page of STYLE from a Jinja template; every value is escaped, unless it is Markup."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+    return page.render(style=Markup(STYLE), **values)
+
+
 def write_html(comparison: Mapping[str, Any], path: Path) -> None:
     """One self-contained page: no script, no font, no link to load; every value is escaped."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
     columns, rows = columns_and_rows(comparison)
@@ -330,8 +374,8 @@ def write_html(comparison: Mapping[str, Any], path: Path) -> None:
         },
         "Versions": comparison.get("versions", {}),
     }
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    text = page.render(
+    text = render(
+        PAGE,
         title=str(comparison.get("title", "What was learned, what was kept")),
         summary=summary(comparison),
         columns=columns,

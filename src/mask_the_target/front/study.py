@@ -5,7 +5,7 @@ A study is one YAML file:
     name: arpabet
     model: package:smollm2
     recipes: [arpabet]
-    probes: [target, text, facts, drift]
+    probes: [target, text, facts, drift]   # and any task of lm-evaluation-harness: lm_eval:hellaswag
     sizes: quick                      # or full; tiny, to try a file
     methods:                          # options of mtt train; those in grid take each of their values
       ce: {method: ce, grid: {learning_rate: [5.0e-4, 1.0e-3]}}
@@ -237,12 +237,14 @@ def check_study(content: Mapping[str, Any], path: Path) -> Study:
     for key in ("recipes", "probes"):
         _check_list(path, key, content[key])
         names = [*RECIPES, *given["data"]] if key == "recipes" else [*PROBES, *of_data]
-        for name in content[key]:
-            _check_known(str(name), names, key[:-1], f"{path}: {key}")
-    given["probes"] = [
-        spelled for name in content["probes"] for spelled in ([name] if name in of_data else check_probes([name]))
-    ]
-    given["probes"] = list(dict.fromkeys(given["probes"]))
+        for name in map(str, content[key]):
+            if key == "recipes" or name.startswith("text:"):
+                _check_known(name, names, key[:-1], f"{path}: {key}")
+    try:
+        spelled = [[name] if name in of_data else check_probes([str(name)]) for name in content["probes"]]
+    except ValueError as error:
+        raise ValueError(f"{path}: probes: {error}") from error
+    given["probes"] = list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
     for name in content["recipes"]:
         if "drift" in given["probes"] and given["data"].get(name, {}).get("text"):
             raise ValueError(f"{path}: the probe 'drift' needs prompt-completion rows, and {name} is text. Remove it.")
@@ -365,7 +367,8 @@ def _check_options(path: Path, study: Study) -> None:
                 try:
                     settings = parse([str(config)])
                 except ValueError as error:
-                    raise ValueError(str(error).replace(str(config), f"{path}: methods.{name}")) from error
+                    where, message = f"{path}: methods.{name}", str(error).replace(f"{config}: ", "")
+                    raise ValueError(f"{where}: {message}") from error
                 notes = measured_at(settings.tmkl.adapter, study.checkpoints, study.scales)[2]
                 if study.search and "adapter" in grid and notes:
                     raise ValueError(

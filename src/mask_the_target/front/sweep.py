@@ -52,7 +52,8 @@ def run_trial(
     The result holds the trial's fields (of them notes: what is not measured of it, and why) and status (complete,
     failed), points (one for each checkpoint and scale: checkpoint, step, scale, learned, rise, probes), base (its
     probes), learned and rise of the last point at scale 1 (target loss; rise of the text loss over the base, the mean
-    over its sources; nats per token), seconds, versions. A run whose loss became NaN is a failed one, with an error.
+    over its sources; nats per token), seconds, versions. The probes of that point and of the base hold a few answers
+    (see `evaluate`), to the same questions in all trials. A run whose loss became NaN is a failed one, with an error.
     `report` is told what is being done.
     Raises Interrupted or KeyboardInterrupt; what is done then is kept.
     """
@@ -160,7 +161,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
                 "scale": scale,
                 "learned": probes["target"]["loss"],
                 "rise": _rise(probes, base),
-                "probes": _without_samples(probes),
+                "probes": _small(probes, answers=step == last and scale == 1),
             }
         )
         write_json(file, points)
@@ -173,7 +174,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
         "learned": end["learned"],
         "rise": end["rise"],
         "points": points,
-        "base": _without_samples(base),
+        "base": _small(base, answers=True),
         "seconds": {"measuring": time.monotonic() - started},
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -235,8 +236,10 @@ def _rise(probes: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return statistics.fmean(probes[name]["loss"] - base[name]["loss"] for name in base if name.startswith("text:"))
 
 
-def _without_samples(probes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {key: v for key, v in found.items() if key != "samples"} for name, found in probes.items()}
+def _small(probes: Mapping[str, Any], *, answers: bool) -> dict[str, Any]:
+    """Without the samples, and without answers where they aren't wanted."""
+    left_out = ("samples",) if answers else ("samples", "answers")
+    return {name: {key: v for key, v in found.items() if key not in left_out} for name, found in probes.items()}
 
 
 def run(
@@ -355,12 +358,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="check the file, say what would be run, and stop")
     options = parser.parse_args(list(argv))
+
+    from mask_the_target.front.evaluate import load_tasks
+
     methods = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     study = read_study(options.study, options.set, methods)
     output = options.output or Path("runs") / study.name
     if options.dry_run:
         print(describe(study))
         return 0
+    load_tasks(study.probes)
 
     import datasets
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mask_the_target import TMKLCallback, attach
+from mask_the_target.front import rivals
 from mask_the_target.front.adapters import (
     AdaLoraSteps,
     adapter_weights,
@@ -174,11 +175,14 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     ours: list[TrainerCallback] = [*callbacks, stop]
     if settings.tmkl.method == "tmkl":
         ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
+    ours += rivals.callbacks(settings.tmkl)
     if settings.tmkl.adapter == "adalora":
         ours.append(AdaLoraSteps())
     trainer = _build_trainer(settings, data, path, ours)
     initial = adapter_weights(trainer.model) if settings.tmkl.adapter == "pissa" else None
     record["supervision"] = _check_tokenised(trainer, data)
+    if settings.tmkl.method in rivals.RIVALS:
+        rivals.install(trainer, settings.tmkl)
     stop_on_bad_loss(trainer)
     main_process = trainer.is_world_process_zero()
     if main_process:

@@ -32,7 +32,8 @@ class TMKLCallback(TrainerCallback):
         options: the objective, see :class:`~mask_the_target.TMKL`.
         base: ``"auto"``, ``"off"``, ``"initial"``, ``"cached"`` (or a :class:`~mask_the_target.CachedBase`) or a
             separate frozen model, see :func:`~mask_the_target.attach`.
-        full_kl: also measure and log the full-vocabulary KL as ``full_kl``.
+        full_kl: also measure and log the full-vocabulary KL as ``full_kl``. The KL at context positions is logged as
+            ``context_kl``, where ``options`` have a ``context_weight``.
 
     The model is detached when training ends. An interrupted ``train()`` leaves it attached; the next one takes over,
     and ``mask_the_target.detach(model)`` gives the model back.
@@ -103,12 +104,15 @@ class TMKLCallback(TrainerCallback):
         )
         cache = None
         if self._cached is not None:
-            cache = BaseCache(self._cached, self._base, supervised_tokens(kwargs["train_dataloader"], args))
+            expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
+            cache = BaseCache(self._cached, self._base, expected)
         self._attachment = attach(model, self.options, base=self._base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
         self._factors, self._backpropagated, self._steps = [], 0.0, 0
         self._attachment.on_backward = self._note_backward
+        if self.options.context_weight:
+            _count_context(_calling_trainer(), self._attachment)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,6 +120,8 @@ class TMKLCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
+            if self.options.context_weight:
+                vars(_calling_trainer()).pop("get_batch_samples", None)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,12 +172,15 @@ class TMKLCallback(TrainerCallback):
         if self._attachment is None or logs is None or "loss" not in logs or self._attachment.totals.forwards == 0:
             return
         totals, self._attachment.totals = self._attachment.totals, Totals()
-        ce, kl, full_kl, supervised, excluded, backpropagated, ranks = _sum_over_ranks(totals, self._backpropagated)
+        *sums, backpropagated, ranks = _sum_over_ranks(totals, self._backpropagated)
+        ce, kl, full_kl, supervised, excluded, context_kl, context = sums
         metrics = {"ce": ce / max(1.0, supervised), "kl": kl / max(1.0, supervised)}
         if self.full_kl:
             metrics["full_kl"] = full_kl / max(1.0, supervised)
         if self.options.exclude_base_above is not None:
             metrics["excluded"] = excluded / max(1.0, supervised)
+        if self.options.context_weight:
+            metrics["context_kl"] = context_kl / max(1.0, context)
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
@@ -186,12 +195,15 @@ class TMKLCallback(TrainerCallback):
             self._factors.append(factors)
 
 
-def supervised_tokens(dataloader: Any, args: TrainingArguments) -> int | None:
-    """Supervised tokens of one epoch, where the data set is tokenised already; None where that isn't known."""
+def supervised_tokens(dataloader: Any, args: TrainingArguments, *, context: bool = False) -> int | None:
+    """Supervised tokens of one epoch (``context``: and those before and between them), where the data set is tokenised
+    already; None where that isn't known."""
     dataset: Any = getattr(dataloader, "dataset", None)
     names = getattr(dataset, "column_names", None) or []
     if not hasattr(dataset, "__len__") or "input_ids" not in names:
         return None
+    if context:
+        return sum(len(row) - 1 for row in dataset["input_ids"])
     if "labels" in names:
         return sum(sum(label != IGNORE_INDEX for label in row[1:]) for row in dataset["labels"])
     masks = [name for name in ("completion_mask", "assistant_masks") if name in names]
@@ -234,23 +246,64 @@ def _log_before_reporters(callback: TMKLCallback) -> None:
     Trainers put the user's callbacks behind TensorBoard's, W&B's and the progress bar's, and hand a callback no way to
     the list; the handler that is calling us is one frame up.
     """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    if frame is None:
+    handler = _calling(CallbackHandler)
+    if handler is None:
         print("TMKLCallback: ce and kl reach the trainer's log history only, not its reporters.", file=sys.stderr)
         return
-    callbacks = frame.f_locals["self"].callbacks
-    callbacks.remove(callback)
-    callbacks.insert(0, callback)
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def _calling(kind: type) -> Any:
+    """The object of this kind in whose method we are being called, or None."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _calling_trainer() -> Any:
+    from transformers import Trainer  # slow: it loads datasets
+
+    return _calling(Trainer)
+
+
+def _count_context(trainer: Any, attachment: Attachment) -> None:
+    """Tell ``attachment`` the denominators of each step, when ``trainer`` has collected the step's batches.
+
+    The trainer counts supervised tokens alone (over ranks too, where it averages over them), and knows them before the
+    first forward; context positions are counted in the same place.
+    """
+    if trainer is None:
+        raise RuntimeError("context_weight needs the trainer that is calling TMKLCallback, and none was found.")
+    if not attachment.shifts_labels and type(trainer.args).__module__.startswith("trl."):
+        raise ValueError(
+            f"context_weight doesn't go with {type(attachment.model).__name__} in TRL, which shifts the labels of a "
+            "model that takes them as they are."
+        )
+    collect = type(trainer).get_batch_samples.__get__(trainer)
+
+    def get_batch_samples(*arguments: Any, **kwargs: Any) -> Any:
+        batches, num_items = collect(*arguments, **kwargs)
+        attachment.step_counts = None  # without num_items, each batch has its own denominators
+        if num_items is not None:
+            own = sum(attachment.count_context(batch) for batch in batches)
+            count = torch.tensor([own], device=trainer.args.device)
+            if trainer.args.average_tokens_across_devices:
+                count = trainer.accelerator.gather(count)
+            attachment.step_counts = (num_items, count.sum())
+        return batches, num_items
+
+    trainer.get_batch_samples = get_batch_samples
 
 
 def _sum_over_ranks(totals: Totals, backpropagated: Tensor | float) -> list[float]:
-    """ce, kl, full_kl, supervised, excluded, backpropagated and the number of ranks.
+    """ce, kl, full_kl, supervised, excluded, context_kl, context, backpropagated and the number of ranks.
 
     The one place where the device is waited for, at log time.
     """
-    values = [totals.ce, totals.kl, totals.full_kl, totals.supervised, totals.excluded, backpropagated, 1.0]
+    values = [totals.ce, totals.kl, totals.full_kl, totals.supervised, totals.excluded, totals.context_kl]
+    values += [totals.context, backpropagated, 1.0]
     device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # others have no float64
     stacked = torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])

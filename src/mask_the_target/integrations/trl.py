@@ -45,14 +45,18 @@ def take_loss_arguments(kwargs: dict[str, Any], known: list[str]) -> bool:
     return fused
 
 
-def fused_output(rows: Rows, supervised: Tensor, targets: Tensor, loss: Tensor, aux: Any, *, shifted: bool) -> Any:
+def fused_output(
+    rows: Rows, losses: Tensor, positions: Tensor, targets: Tensor, loss: Tensor, aux: Any, *, shifted: bool
+) -> Any:
     """Answer ``fused_lm_head=True``: per token ``-(ce + weight * kl)`` in ``log_probs``' place.
 
     The trainer's loss is minus their sum over its denominator, which is exact under each of its normalisations.
 
     Args:
         rows: results of the supervised positions, ``[n]``.
-        supervised: their indices in the flattened ``[B * T]`` positions.
+        losses: whose sum over the trainer's denominator is the loss, ``[n]`` or more: context positions follow. The
+            trainer sums ``log_probs`` without looking at ``label_mask``.
+        positions: the indices of ``losses`` in the flattened ``[B * T]`` positions.
         targets: shifted labels, ``[B, T]``.
         loss: the scalar loss.
         aux: the router's auxiliary loss or None.
@@ -61,7 +65,7 @@ def fused_output(rows: Rows, supervised: Tensor, targets: Tensor, loss: Tensor, 
     from trl.trainer.utils import FusedCausalLMOutput
 
     def spread(values: Tensor) -> Tensor:  # [n] -> [B, T] or [B, T - 1]; differentiable
-        flat = values.new_zeros(targets.numel()).index_put((supervised,), values)
+        flat = values.new_zeros(targets.numel()).index_put((positions[: len(values)],), values)
         flat = flat.view(targets.shape)
         return flat if shifted else flat[..., :-1]
 
@@ -70,7 +74,7 @@ def fused_output(rows: Rows, supervised: Tensor, targets: Tensor, loss: Tensor, 
     mask = (targets != -100).to(loss.device)
     return FusedCausalLMOutput(
         loss=loss,
-        log_probs=spread(-rows.loss),
+        log_probs=spread(-losses),
         entropy=spread(rows.entropy),
         is_top1=spread(rows.is_top1),
         label_mask=mask if shifted else mask[..., :-1],
