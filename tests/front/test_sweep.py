@@ -420,6 +420,16 @@ def test_trials_of_an_earlier_file_are_left_alone(model: Path, tmp_path: Path) -
     assert again.trial == stopped.trial
 
 
+def test_the_example_is_a_study() -> None:
+    study = read_study(Path(__file__).parents[2] / "examples" / "study.yaml")
+    assert {name.split("/")[2]: len(trials) for name, trials in study.parts().items()} == {
+        "ce": 2 * 3,
+        "full_kl": 6 * 3,
+        "tmkl": 6 * 3,
+        "context": 2 * 3,
+    }
+
+
 # ------------------------------------------------------------------------------------------------ bad study files
 
 BAD = [
