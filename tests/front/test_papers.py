@@ -198,14 +198,13 @@ def test_the_other_backbones_numbers_are_the_papers() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_recipe_is_a_valid_study(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = RECIPES / f"{name}.yaml"
-    ours = [key for key, found in read(path)["methods"].items() if found["method"] in ("ce", "tmkl")]
-    study = read_study(path, methods=ours)
+    study = read_study(path)
     trials = [trial for part in study.parts().values() for trial in part]
     assert len(trials) == 3 * sum(math.prod(map(len, grid.values())) for _, grid in study.methods.values())
-    assert main(["sweep", str(path), "--dry-run", "--methods", ",".join(ours)]) == 0
+    assert main(["sweep", str(path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert f"{len(trials)} trials of {BACKBONES[name]}" in printed
-    assert all(f", {key}: " in printed for key in ours)
+    assert all(f", {key}: " in printed for key in study.methods)
     assert "3 epochs of 32 sequences x 1024 tokens; seeds 0, 1, 2" in printed
 
 
@@ -298,8 +297,9 @@ def test_the_recipe_runs_with_a_stand_in_for_model_and_data(
     lambada = expected_windows(tokenizer, sentences(12, 4)[2:8], [], 16)
     end, run = AtTheEnd(target), sweep.run
     monkeypatch.setattr(sweep, "run", lambda *arguments: run(*arguments, [end]))
-    methods = "ce,tmkl,pissa-tmkl,vera-ce"
+    methods = "ce,tmkl,pissa-tmkl,vera-ce,l2"
     argv = ["sweep", str(HALF), "--output", str(tmp_path), "--methods", methods, *stand_in]
+    argv += ["--set", "methods.l2.grid.rival_weight=[0.1]"]
     assert main(argv) == 0
     printed = capsys.readouterr().out
 
@@ -318,12 +318,14 @@ def test_the_recipe_runs_with_a_stand_in_for_model_and_data(
         "tmkl": [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)],
         "pissa-tmkl": [(1.0, 1.0), (1.0, 0.5)],
         "vera-ce": [(0.5, 1.0), (1.0, 1.0)],
+        "l2": [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)],
     }
     assert {name: result["notes"] for name, result in results.items()} == {
         "ce": [],
         "tmkl": [],
         "pissa-tmkl": [AT_ITS_END],
         "vera-ce": [NOT_SCALED],
+        "l2": [],
     }
     assert f"{AT_ITS_END} (pissa-tmkl)" in printed
     # Half of the converted adapter lies between the base and the whole.

@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -112,11 +113,10 @@ def _end(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _plain_key(result: Mapping[str, Any]) -> str:
     """What must be equal for plain CE to be the one that a run is compared with: all but the objective."""
-    shared = {
-        key: value
-        for key, value in result["options"].items()
-        if key not in ("method", "rival_weight") and not key.startswith("tmkl_")
-    }
+    from mask_the_target.front.options import TMKLArguments
+
+    objective = {each.name for each in fields(TMKLArguments)} - {"adapter"}
+    shared = {key: value for key, value in result["options"].items() if key not in objective}
     return json.dumps([result["recipe"], shared], sort_keys=True)
 
 
