@@ -341,7 +341,7 @@ def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
     """For mtt train: the pilot's options, without its length."""
     own = ("max_steps", "logging_steps")
     data = pilot.study.data.get(pilot.recipe, {"dataset_name": f"recipe:{pilot.recipe}"})
-    named = {key: data[key] for key in ("dataset_name", "dataset_config") if key in data}
+    named: dict[str, Any] = {key: data[key] for key in ("dataset_name", "dataset_config") if key in data}
     if "train" in data and data["train"] != "train":
         named["dataset_train_split"] = data["train"]
     return {
