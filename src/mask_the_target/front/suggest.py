@@ -244,6 +244,10 @@ def make_pilot(
         for value in values:
             if not 0 < value < math.inf:
                 raise ValueError(f"--{flag} holds {value}; they must be positive numbers.")
+    import torch
+
+    from mask_the_target.front.evaluate import fast_bfloat16
+
     recipe = data.removeprefix("recipe:")
     content: dict[str, Any] = {
         "name": "suggest",
@@ -258,15 +262,38 @@ def make_pilot(
         "seeds": [0],
         "checkpoints": [1.0],
         "scales": [],
-        "train": {"max_steps": steps, "per_device_train_batch_size": 8, "logging_steps": 10},
+        "train": {
+            "max_steps": steps,
+            "per_device_train_batch_size": 8,
+            "logging_steps": 10,
+            # TRL's default is true, and a CPU without the instructions for it takes minutes for a step.
+            "bf16": fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
+        },
     }
     change(content, changes)
-    if not data.startswith("recipe:"):
+    if data.startswith("recipe:"):
+        _shorten(content["train"])
+    else:
         given = content.setdefault("data", {}).get(YOURS, {})
         content["data"][YOURS] = {**_split_data(data, given.get("dataset_config")), **given}
     study = check_study(content, Path("the pilot"))
     find_model(study.model)
     return Pilot(study, tolerance)
+
+
+def _shorten(train: Any) -> None:
+    """A recipe's rows are shuffled, so that a pilot needs no more of them than it has steps for."""
+    if isinstance(train, dict) and "dataset_train_split" not in train:
+        train["dataset_train_split"] = _rows_of(train)
+
+
+def _rows_of(train: Mapping[str, Any]) -> str:
+    parts = (
+        train.get("max_steps"),
+        train.get("per_device_train_batch_size"),
+        train.get("gradient_accumulation_steps", 1),
+    )
+    return f"train[:{math.prod(parts)}]" if all(isinstance(part, int) for part in parts) else "train"
 
 
 def _split_data(name: str, config: str | None) -> dict[str, Any]:
@@ -339,7 +366,9 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
 
 def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
     """For mtt train: the pilot's options, without its length."""
-    own = ("max_steps", "logging_steps")
+    train = dict(pilot.study.train)
+    if train.get("dataset_train_split") == _rows_of(train):
+        del train["dataset_train_split"]
     data = pilot.study.data.get(pilot.recipe, {"dataset_name": f"recipe:{pilot.recipe}"})
     named: dict[str, Any] = {key: data[key] for key in ("dataset_name", "dataset_config") if key in data}
     if "train" in data and data["train"] != "train":
@@ -348,7 +377,7 @@ def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
         "model_name_or_path": pilot.study.model,
         **named,
         "output_dir": "runs/suggested",
-        **{key: value for key, value in pilot.study.train.items() if key not in own},
+        **{key: value for key, value in train.items() if key not in ("max_steps", "logging_steps")},
         "method": chosen.method,
         **chosen.setting,
     }
