@@ -10,6 +10,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,17 @@ def test_refusals_before_anything_is_written(tmp_path: Path, capsys: pytest.Capt
     assert [path.name for path in folder.iterdir()] == ["results"]
 
 
+def test_a_missing_package_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = studies.write(tmp_path, studies.study(seeds=(0,)))
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert "mtt report needs plotly. Install it with: pip install 'mask-the-target[front]'" in refused(
+        [str(folder)], capsys
+    )
+    assert [path.name for path in folder.iterdir()] == ["results"]
+
+
 def test_output_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = studies.write(tmp_path / "study", studies.study(seeds=(0,)))
     assert main(["report", str(folder), "--output", str(tmp_path / "out" / "page.html")]) == 0
@@ -551,6 +563,7 @@ def test_hostile_text_is_text(tmp_path: Path, tables: Tables) -> None:
     for part in ("question", "right", "answer", "recipe", "reason"):
         assert f"{HOSTILE} {part}" in found.text
     assert f"{LINK}option {LINK}value" in found.text.replace("\u00a0", " ")
+    assert "<" not in found.scripts[0]  # the plots' JSON ends nowhere before its end
     notes = json.loads(found.scripts[0])["fronts0"]["wide"]["annotations"]
     assert not [note for note in notes if "<" in note["text"]]  # plotly would make a link of it
     with (tmp_path / "report.csv").open(newline="") as file:

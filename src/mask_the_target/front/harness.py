@@ -1,9 +1,9 @@
 """Tasks of lm-evaluation-harness as probes: `lm_eval:hellaswag`, or `lm_eval:FOLDER/task.yaml` for one of your own.
 
 A task runs on the model as it is loaded: on the base too, with its adapters off. Where the tokenizer has a chat
-template, all of a task's prompts are asked in it, few-shot examples as turns, as `facts` are: an adapter is trained and
-used in that form, and loses most there. Figures published for a model without its template are therefore others. A
-text's own likelihood (`loglikelihood_rolling`) has no prompt, and no template.
+template, all of a task's prompts are asked in it, for base and adapted alike, few-shot examples as turns: so are the
+facts and the target, since that is how such a model is trained and used. Figures published for a model without its
+template are therefore others. A text's own likelihood (`loglikelihood_rolling`) has no prompt, and no template.
 
 Refused is what would run code of strangers: tasks that execute what a model writes (`unsafe_code`), data sets with code
 (`trust_remote_code`), metrics that the package `evaluate` downloads. Functions in a task's own folder do run.

@@ -502,7 +502,8 @@ body { max-width: 70rem; }
 thead th { vertical-align: bottom; font-size: .9em; }
 td.word, th.word { text-align: left; }
 td.word + td.word { min-width: 11rem; }
-.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--ground); }
+.scroll th:first-child, .scroll td:first-child { max-width: 16rem; overflow-wrap: break-word; position: sticky;
+       left: 0; background: var(--ground); }
 .plot { background: #fff; border: 1px solid var(--line); border-radius: 6px; margin: 1rem 0; overflow: hidden; }
 details { margin: .6rem 0 1.2rem; } summary { cursor: pointer; color: var(--mark); }
 dl { margin: .5rem 0; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; color: var(--dim); }
@@ -516,7 +517,7 @@ button { font: inherit; padding: .2rem .7rem; }
 @media (max-width: 640px) {
   body { padding: 1rem .75rem; font-size: 15px; } .plot { margin: 1rem -.4rem; }
   .scroll th, .scroll td { padding: .3rem .45rem; } td.word + td.word { min-width: 8rem; }
-  .scroll th:first-child, .scroll td:first-child { max-width: 7rem; overflow-wrap: break-word; }
+  .scroll th:first-child, .scroll td:first-child { max-width: 7rem; }
 }
 </style>
 </head>
@@ -598,10 +599,14 @@ Of each method the run that learned most at its end. Greedy, the same questions 
 {% endfor %}
 {% endfor %}
 {% endfor %}
+{% if recipes | selectattr("points") | list %}
 <h2>Distance from the base, and forgetting</h2>
+<p class="dim">How far a set is from the base is the base's own loss on its held-out answers; what it costs to learn it
+is plain CE's rise of text loss where it learned most.</p>
 {% if distance_plot %}{{ plot("distance", "Base's target loss against plain CE's rise of text loss") }}
 {% endif %}
 {{ numbers(distance) }}
+{% endif %}
 <h2>Settings and versions</h2>
 {% for name, values in details.items() if values %}<h3>{{ name }}</h3>
 <table class="plain"><tbody>
@@ -826,6 +831,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("study", type=Path, help="the study's folder, where mtt sweep wrote: runs/NAME")
     parser.add_argument("--output", type=Path, help="the page's place; default: STUDY/report.html")
     options = parser.parse_args(list(argv))
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib.figure  # noqa: F401
+        import moocore  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"mtt report needs {error.name}. Install it with: pip install 'mask-the-target[front]'"
+        ) from error
     written = write_report(options.study, options.output)
     print("Written: " + ", ".join(map(str, written)) + ".")
     return 0

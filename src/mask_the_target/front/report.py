@@ -144,8 +144,8 @@ def _task_columns(
     task: str, found: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
 ) -> list[tuple[Column, list[str]]]:
     """A task of lm-evaluation-harness: its main figure, and that less the base's, for each arm's result of it."""
-    name = next(f"{Path(task).stem} {values['metric'].removesuffix(',none')}" for values in found if values)
-    better = next(values["better"] for values in found if values)
+    metric, better = next((values["metric"], values["better"]) for values in found if values)
+    name = f"{Path(task).name.removesuffix('.yaml')} {metric.removesuffix(',none')}"
     scores, changes = [], []
     for values in found:
         score = values.get("score")
