@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from mask_the_target.front.paper import table
 from mask_the_target.front.queue import Queue, Result, failed
 from mask_the_target.front.record import versions, write_json, write_whole
-from mask_the_target.front.study import AT_ITS_END, Study, Trial, read_study, write_config
+from mask_the_target.front.study import Study, Trial, read_study, write_config
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -111,7 +111,7 @@ def _train(trial: Trial, folder: Path, callbacks: Sequence[TrainerCallback], rep
 
 def _at_its_end(trial: Trial) -> bool:
     """Whether only the adapter that the run saves at its end is one of the base: its checkpoints aren't."""
-    return AT_ITS_END in trial.notes
+    return trial.options.get("adapter") == "pissa"
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
