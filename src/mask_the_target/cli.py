@@ -23,6 +23,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
   mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
+  mtt suggest --model M --data D     a weight and a learning rate for your model and data, from a short pilot
   mtt report STUDY                   a study's page: fronts, figures with intervals, curves and answers; PNG and CSV
   mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
@@ -52,6 +53,12 @@ def _demo(argv: Sequence[str]) -> int:
 
 def _sweep(argv: Sequence[str]) -> int:
     from mask_the_target.front.sweep import main
+
+    return main(argv)
+
+
+def _suggest(argv: Sequence[str]) -> int:
+    from mask_the_target.front.suggest import main
 
     return main(argv)
 
@@ -148,14 +155,14 @@ def _eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def held_out_rows(name: str, split: str | None = None) -> list[dict[str, Any]]:
+def held_out_rows(name: str, split: str | None = None, config: str | None = None) -> list[dict[str, Any]]:
     """Prompt-completion rows of a data file, folder or name; of `messages`, the last turn is the completion.
 
     Raises ValueError or FileNotFoundError with a sentence.
     """
     from mask_the_target.front.data import check_columns, load_named, take_split
 
-    found: Any = load_named(name, None, False)
+    found: Any = load_named(name, config, False)
     if split is None:
         split = "test" if "test" in found else next(iter(found))
     table = take_split(found, split, name)
@@ -256,6 +263,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "demo": _demo,
     "sweep": _sweep,
+    "suggest": _suggest,
     "report": _report,
     "diagnostic": _diagnostic,
 }

@@ -460,8 +460,6 @@ BAD = [
     ({"methods": {"ce": {"lora_r": 4, "grid": {"lora_r": [8]}}}}, "methods.ce sets lora_r twice"),
     ({"methods": {"ce": {"seed": 4}}}, "methods.ce sets seed, which the study sets. Use seeds"),
     ({"methods": {"ce": {"bf16": True}}}, "methods.ce sets bf16, which must be one for all methods"),
-    ({"methods": {"p": {"adapter": "pissa"}}}, "methods.p starts with pissa, which moves a part of the base's weights"),
-    ({"methods": {"v": {"adapter": "vera"}}}, "PEFT can't rescale vera. Set scales: []"),
     ({"train": {"max_stesp": 4}}, "train: unknown option 'max_stesp'. Did you mean 'max_steps'?"),
     ({"search": True}, "trials must be, with search: true, at least 1"),
     ({"search": True, "trials": 4, "seeds": [0, 1]}, "a search runs each setting once: give one seed"),

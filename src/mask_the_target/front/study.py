@@ -15,6 +15,19 @@ A study is one YAML file:
     scales: [0.5, 0.75]               # and its end with the adapter scaled down, which costs no training
     train: {max_steps: 160, per_device_train_batch_size: 8}   # options of mtt train for all methods
     # search: true and trials: 30: Optuna's sampler chooses settings between the grid's lowest and highest value
+
+Data sets other than our recipes are named in the file, and then used like a recipe or a text probe:
+
+    data:
+      mine: {dataset_name: answers.jsonl, train: "train[200:]", test: "train[:200]"}   # what mtt train takes
+      maths: {dataset_name: open-r1/OpenR1-Math-220k, text: [problem, solution], train: "train[:3000]", ...}
+    texts:
+      wikitext: {dataset_name: Salesforce/wikitext, dataset_config: wikitext-103-raw-v1, text: [text], test: validation}
+    recipes: [arpabet, mine]
+    probes: [target, "text:wikitext"]
+
+With `text`, the named columns are one document, and the set is packed text: what is measured is the loss at every
+position of windows of max_length tokens. `paper` holds published numbers to print beside ours (see `paper`).
 """
 
 from __future__ import annotations
@@ -26,7 +39,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +48,8 @@ from mask_the_target.front.record import write_whole
 # Options of mtt train that the study sets itself, and what to set instead.
 RESERVED = {
     "model_name_or_path": "model",
-    "dataset_name": "recipes",
+    "dataset_name": "recipes (and data)",
+    "dataset_config": "data",
     "seed": "seeds",
     "output_dir": "--output",
     "resume_from_checkpoint": "nothing: a stopped trial goes on by itself",
@@ -44,12 +58,20 @@ RESERVED = {
 }
 # One process runs trials of several methods, and accelerate allows it one precision.
 FOR_ALL = ("bf16", "fp16", "use_cpu", "dtype")
+# What can't be measured of an adapter, and why.
+AT_ITS_END = (
+    "Measured at its end only: PiSSA moves a part of the base's weights into the adapter. What is saved at the end is "
+    "converted to an adapter of the base; its checkpoints aren't."
+)
+NOT_SCALED = "Not measured at other scales: PEFT can't rescale this adapter."
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run: what is trained, and how it is measured. `setting` are those of its options that its method's grid
-    varies; `ranges` are left to the sampler (search). `key` is the same for the same trial on every machine."""
+    varies; `ranges` are left to the sampler (search). `data` is the adaptation set where it is no recipe of ours, and
+    `texts` those of the probes that are data sets. `notes` say what of the study is not measured here, and why. `key`
+    is the same for the same trial on every machine."""
 
     key: str
     recipe: str
@@ -63,6 +85,9 @@ class Trial:
     checkpoints: list[float]
     scales: list[float]
     ranges: dict[str, list[Any]]
+    data: dict[str, Any] | None = None
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,9 @@ class Study:
     scales: tuple[float, ...] = (0.5, 0.75)
     search: bool = False
     trials: int | None = None
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paper: dict[str, Any] = field(default_factory=dict)
 
     def parts(self) -> dict[str, list[Trial]]:
         """All trials, by the name of the Optuna study that holds them: one for each recipe and method."""
@@ -99,6 +127,8 @@ class Study:
             slots = [(setting, seed) for seed in self.seeds for setting in settings]
         for setting, seed in slots:
             varied = {} if self.search else setting
+            options = {**self.train, **fixed, **varied}
+            checkpoints, scales, notes = measured_at(options.get("adapter"), self.checkpoints, self.scales)
             trial = Trial(
                 key="",
                 recipe=recipe,
@@ -106,27 +136,42 @@ class Study:
                 setting=varied,
                 seed=seed,
                 model=self.model,
-                options={**self.train, **fixed, **varied},
+                options=options,
                 probes=self.probes,
                 sizes=self.sizes,
-                checkpoints=list(self.checkpoints),
-                scales=list(self.scales),
+                checkpoints=checkpoints,
+                scales=scales,
                 ranges=grid if self.search else {},
+                data=self.data.get(recipe),
+                texts={f"text:{name}": found for name, found in self.texts.items() if f"text:{name}" in self.probes},
             )
             text = json.dumps([asdict(trial), setting], sort_keys=True)
             digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-            yield replace(trial, key=f"{recipe}-{method}-seed{seed}-{digest}")
+            yield replace(trial, key=f"{recipe}-{method}-seed{seed}-{digest}", notes=notes)
 
 
-def read_study(path: Path) -> Study:
+def measured_at(
+    adapter: str | None, checkpoints: Sequence[float], scales: Sequence[float]
+) -> tuple[list[float], list[float], list[str]]:
+    """The checkpoints and scales of a study at which an adapter can be measured, and notes on what is left out."""
+    if adapter == "pissa" and set(checkpoints) != {1.0}:
+        return [1.0], list(scales), [AT_ITS_END]
+    if adapter in ("vera", "randlora") and set(scales) - {1.0}:
+        return list(checkpoints), [], [NOT_SCALED]
+    return list(checkpoints), list(scales), []
+
+
+def read_study(path: Path, changes: Sequence[str] = (), methods: Sequence[str] | None = None) -> Study:
     """Read and check a study file. Nothing is loaded: no data, no model.
 
-    Raises FileNotFoundError or ValueError with a sentence that names the place, and the nearest valid name.
+    Args:
+        changes: `KEY=VALUE` each, which replace what the file says, before it is checked: dotted keys
+            ("train.max_steps=2"), values as YAML; `KEY=null` removes.
+        methods: the names of those to keep; default: all.
+    Raises:
+        FileNotFoundError or ValueError with a sentence that names the place, and the nearest valid name.
     """
     import yaml
-
-    from mask_the_target.front.evaluate import SIZES, check_probes
-    from mask_the_target.front.recipes import RECIPES
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no study file {str(path)!r}.")
@@ -136,7 +181,45 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold 'key: value' lines, but its content is {content!r:.80}.")
-    known = [field.name for field in fields(Study)]
+    change(content, changes)
+    if methods is not None and isinstance(content.get("methods"), dict):
+        for name in methods:
+            _check_known(name, [str(known) for known in content["methods"]], "method", f"{path}: methods")
+        content["methods"] = {name: content["methods"][name] for name in methods}
+    return check_study(content, path)
+
+
+def change(content: dict[str, Any], changes: Sequence[str]) -> None:
+    """Replace values of a study's content; see `read_study`. Raises ValueError with a sentence."""
+    import yaml
+
+    for text in changes:
+        place, equals, value = text.partition("=")
+        if not place or not equals:
+            raise ValueError(f"--set {text!r} is not of the form KEY=VALUE, for example train.max_steps=2.")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {place}: {value!r} is not valid YAML: {error}") from error
+        *above, last = place.split(".")
+        at: Any = content
+        for key in above:
+            at = at.setdefault(key, {}) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            raise ValueError(f"--set {place}: {'.'.join(above)} holds no keys, so none of them can be set.")
+        if read is None:
+            at.pop(last, None)
+        else:
+            at[last] = read
+
+
+def check_study(content: Mapping[str, Any], path: Path) -> Study:
+    """The content of a study file, checked; `path` is named in errors. Raises as `read_study`."""
+    from mask_the_target.front.evaluate import PROBES, SIZES, check_probes
+    from mask_the_target.front.paper import check_paper
+    from mask_the_target.front.recipes import RECIPES
+
+    known = [each.name for each in fields(Study)]
     for key in content:
         _check_known(str(key), known, "key", str(path))
     for key in ("name", "model", "recipes", "methods", "train", "probes"):
@@ -147,14 +230,23 @@ def read_study(path: Path) -> Study:
     _require(_is_plain(content["name"]), path, "name", content["name"], "may hold letters, digits and ._+-")
 
     given: dict[str, Any] = dict(content)
+    given["data"] = _read_sets(path, "data", content.get("data", {}), list(RECIPES))
+    given["texts"] = _read_sets(path, "texts", content.get("texts", {}), [p[5:] for p in PROBES if p[:5] == "text:"])
+    of_data = [f"text:{name}" for name in given["texts"]]
     for key in ("recipes", "probes"):
         _check_list(path, key, content[key])
-    for name in content["recipes"]:
-        _check_known(str(name), list(RECIPES), "recipe", f"{path}: recipes")
+        names = [*RECIPES, *given["data"]] if key == "recipes" else [*PROBES, *of_data]
+        for name in map(str, content[key]):
+            if key == "recipes" or name.startswith("text:"):
+                _check_known(name, names, key[:-1], f"{path}: {key}")
     try:
-        given["probes"] = check_probes(map(str, content["probes"]))
+        spelled = [[name] if name in of_data else check_probes([str(name)]) for name in content["probes"]]
     except ValueError as error:
         raise ValueError(f"{path}: probes: {error}") from error
+    given["probes"] = list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+    for name in content["recipes"]:
+        if "drift" in given["probes"] and given["data"].get(name, {}).get("text"):
+            raise ValueError(f"{path}: the probe 'drift' needs prompt-completion rows, and {name} is text. Remove it.")
     for needed in ("target", "text"):
         if not any(probe.split(":")[0] == needed for probe in given["probes"]):
             raise ValueError(f"{path}: probes lacks {needed!r}: a front needs what was learned and what was kept.")
@@ -175,9 +267,38 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path}: train must hold options of mtt train, but is {content['train']!r:.80}.")
     given["train"] = {key: _number(value) for key, value in content["train"].items()}
     given["methods"] = _read_methods(path, content["methods"])
+    check_paper(content.get("paper", {}), str(path))
     study = Study(**given)
     _check_options(path, study)
     return study
+
+
+def _read_sets(path: Path, key: str, sets: Any, taken: Sequence[str]) -> dict[str, dict[str, Any]]:
+    from mask_the_target.front.texts import KEYS, split_parts
+
+    if not isinstance(sets, dict):
+        raise ValueError(f"{path}: {key} must hold 'name: {{dataset_name: ...}}', but is {sets!r:.80}.")
+    for name, found in sets.items():
+        where = f"{key}.{name}"
+        _require(_is_plain(name), path, key, name, "may hold letters, digits and ._+-")
+        if name in taken:
+            raise ValueError(f"{path}: {where} has the name of one that is built in. Choose another.")
+        if not isinstance(found, dict) or not found.get("dataset_name"):
+            raise ValueError(f"{path}: {where} needs a dataset_name, but is {found!r:.80}.")
+        for option, value in found.items():
+            _check_known(str(option), KEYS, "key", f"{path}: {where}")
+            if option == "text":
+                _check_list(path, f"{where}.text", value)
+            else:
+                _require(isinstance(value, str), path, f"{where}.{option}", value, "must be a name")
+            if option in ("train", "test"):
+                try:
+                    split_parts(value)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {where}.{option}: {error}") from error
+        if key == "texts" and not found.get("text"):
+            raise ValueError(f"{path}: {where} needs text, the columns that hold it, for example [text].")
+    return sets
 
 
 def _read_methods(path: Path, methods: Any) -> dict[str, tuple[dict[str, Any], dict[str, list[Any]]]]:
@@ -226,7 +347,7 @@ def _check_options(path: Path, study: Study) -> None:
     from mask_the_target.front.options import TMKLArguments, parse
 
     kinds: Any = (ScriptArguments, SFTConfig, ModelConfig, TMKLArguments)
-    known = [field.name for kind in kinds for field in fields(kind)]
+    known = [each.name for kind in kinds for each in fields(kind)]
     places = {"train": study.train}
     for name, (fixed, grid) in study.methods.items():
         places |= {f"methods.{name}": fixed, f"methods.{name}.grid": grid}
@@ -240,34 +361,29 @@ def _check_options(path: Path, study: Study) -> None:
         for name, (fixed, grid) in study.methods.items():
             for values in itertools.product(*grid.values()):
                 options = {**study.train, **fixed, **dict(zip(grid, values, strict=True))}
-                write_config(config, study.model, study.recipes[0], study.seeds[0], options, Path(folder))
+                data = {"dataset_name": study.recipes[0]}
+                write_config(config, study.model, data, study.seeds[0], options, Path(folder))
                 try:
                     settings = parse([str(config)])
                 except ValueError as error:
                     where, message = f"{path}: methods.{name}", str(error).replace(f"{config}: ", "")
                     raise ValueError(f"{where}: {message}") from error
-                _check_adapter(path, name, settings.tmkl.adapter, options, study.scales)
+                notes = measured_at(settings.tmkl.adapter, study.checkpoints, study.scales)[2]
+                if study.search and "adapter" in grid and notes:
+                    raise ValueError(
+                        f"{path}: methods.{name} searches over adapters, and {settings.tmkl.adapter} is not measured "
+                        "as the others are. Give it a method of its own."
+                    )
 
 
-def _check_adapter(path: Path, name: str, adapter: str | None, options: Any, scales: Sequence[float]) -> None:
-    from mask_the_target.cli import REWRITES_BASE
-
-    initial = str(options.get("init_lora_weights", "")).lower()
-    if adapter == "pissa" or initial.startswith(REWRITES_BASE):
-        raise ValueError(
-            f"{path}: methods.{name} starts with {adapter or initial}, which moves a part of the base's weights into "
-            "the adapter, so that a checkpoint can't be measured as an adapter of the base. Choose another adapter."
-        )
-    if adapter in ("vera", "randlora") and scales:
-        raise ValueError(f"{path}: methods.{name}: PEFT can't rescale {adapter}. Set scales: [], or another adapter.")
-
-
-def write_config(file: Path, model: str, recipe: str, seed: int, options: Mapping[str, Any], output: Path) -> None:
+def write_config(
+    file: Path, model: str, data: Mapping[str, Any], seed: int, options: Mapping[str, Any], output: Path
+) -> None:
     import yaml
 
     settings = {
         "model_name_or_path": model,
-        "dataset_name": f"recipe:{recipe}",
+        **data,
         "output_dir": str(output),
         "seed": seed,
         "report_to": "none",

@@ -5,6 +5,7 @@ The folder of a study:
     study.db                  Optuna's storage, where no --storage is given
     runs/KEY/                 config.yaml (mtt train's), log.txt, adapter, checkpoints, measured.json (what is done)
     base/                     the base on each recipe
+    data/                     documents of data sets of text, as they were read
     results/KEY.json          one trial: its settings and a point for each checkpoint and scale
 """
 
@@ -27,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from mask_the_target.front.paper import table
 from mask_the_target.front.queue import Queue, Result, failed
-from mask_the_target.front.record import versions, write_json
+from mask_the_target.front.record import versions, write_json, write_whole
 from mask_the_target.front.study import Study, Trial, read_study, write_config
 
 if TYPE_CHECKING:
@@ -47,11 +49,12 @@ def run_trial(
 ) -> Result:
     """Train and measure one trial in a study's folder, from where it was left; its result, also in results/KEY.json.
 
-    The result holds the trial's fields and status (complete, failed), points (one for each checkpoint and scale:
-    checkpoint, step, scale, learned, rise, probes), base (its probes), learned and rise of the last point at scale 1
-    (target loss; rise of the text loss over the base, the mean over its sources; nats per token), seconds, versions.
-    The probes of that point and of the base hold a few answers (see `evaluate`), to the same questions in all trials.
-    A run whose loss became NaN is a failed one, with an error. `report` is told what is being done.
+    The result holds the trial's fields (of them notes: what is not measured of it, and why) and status (complete,
+    failed), points (one for each checkpoint and scale: checkpoint, step, scale, learned, rise, probes), base (its
+    probes), learned and rise of the last point at scale 1 (target loss; rise of the text loss over the base, the mean
+    over its sources; nats per token), seconds, versions. The probes of that point and of the base hold a few answers
+    (see `evaluate`), to the same questions in all trials. A run whose loss became NaN is a failed one, with an error.
+    `report` is told what is being done.
     Raises Interrupted or KeyboardInterrupt; what is done then is kept.
     """
     from filelock import FileLock
@@ -83,6 +86,7 @@ def _train(trial: Trial, folder: Path, callbacks: Sequence[TrainerCallback], rep
 
     from mask_the_target.front import train
     from mask_the_target.front.options import parse
+    from mask_the_target.front.texts import training_data
 
     class Follow(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -92,14 +96,22 @@ def _train(trial: Trial, folder: Path, callbacks: Sequence[TrainerCallback], rep
             return control
 
     newest = train.last_checkpoint(folder)
-    if newest is None or _trainer_state(newest)["global_step"] < _trainer_state(newest)["max_steps"]:
-        config = folder / "config.yaml"
-        write_config(config, trial.model, trial.recipe, trial.seed, trial.options, folder)
+    over = newest is not None and _trainer_state(newest)["global_step"] >= _trainer_state(newest)["max_steps"]
+    if over and _at_its_end(trial):  # what is measured then is what the run saves after its last checkpoint
+        over = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "complete"
+    if not over:
+        config, data = folder / "config.yaml", training_data(trial.recipe, trial.data, folder.parent.parent / "data")
+        write_config(config, trial.model, data, trial.seed, trial.options, folder)
         set_seed(trial.seed)  # the adapter is made before the trainer sets it
         resume = ["--resume_from_checkpoint", "last"] if newest else []
         train.run(parse([str(config), *resume]), [Follow(), *callbacks])
         gc.collect()  # the trainer and its model are a cycle
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))["seconds"]
+
+
+def _at_its_end(trial: Trial) -> bool:
+    """Whether only the adapter that the run saves at its end is one of the base: its checkpoints aren't."""
+    return trial.options.get("adapter") == "pissa"
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -114,8 +126,6 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
     from mask_the_target.base import adapters_off
     from mask_the_target.front import train
     from mask_the_target.front.backbones import load_model, resolve_model
-    from mask_the_target.front.evaluate import SIZES, evaluate_one
-    from mask_the_target.front.recipes import find_recipe, recipe_rows
 
     newest = train.last_checkpoint(folder)
     assert newest is not None
@@ -126,14 +136,11 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
     started = time.monotonic()
     path = resolve_model(trial.model)
     dtype = trial.options.get("dtype") or "float32"
-    model, tokenizer = load_model(path, folder / f"checkpoint-{states[0][0]}", dtype=dtype)
+    first = folder if _at_its_end(trial) else folder / f"checkpoint-{states[0][0]}"
+    model, tokenizer = load_model(path, first, dtype=dtype)
     loaded = ("default", states[0][0])
-    common: dict[str, Any] = {
-        "target_rows": recipe_rows(trial.recipe)["test"],  # read once
-        "max_new_tokens": find_recipe(trial.recipe).max_new_tokens,
-        "sizes": SIZES[trial.sizes],
-    }
-    base = _base(trial, output, lambda probes: evaluate_one(model, tokenizer, probes, **common), adapters_off, model)
+    evaluate = _evaluation(trial, output / "data", model, tokenizer)
+    base = _base(trial, output, evaluate, adapters_off, model)
 
     file = folder / "measured.json"
     points = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -146,7 +153,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
             model.eval()
             loaded = (f"step{step}", step)
         with rescale_adapter_scale(model, scale) if scale != 1 else nullcontext():
-            probes = evaluate_one(model, tokenizer, trial.probes, base=base, **common)
+            probes = evaluate(trial.probes, base)
         points.append(
             {
                 "checkpoint": fraction,
@@ -174,11 +181,46 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
     }
 
 
+def _evaluation(trial: Trial, folder: Path, model: Any, tokenizer: Any) -> Callable[..., Any]:
+    """`evaluate(probes, base=None)`: those of `evaluate_one`, and packed text for data sets; all data are read here."""
+    from mask_the_target.front.evaluate import SIZES, add_paired_errors, evaluate_one, fast_autocast
+    from mask_the_target.front.recipes import find_recipe
+    from mask_the_target.front.texts import SEPARATOR, documents, held_out, packed_loss
+
+    rows = held_out(trial.recipe, trial.data, folder)
+    packed = {probe: (documents(probe[5:], found, "test", folder), SEPARATOR) for probe, found in trial.texts.items()}
+    if trial.data and trial.data.get("text"):
+        packed["target"] = (rows, tokenizer.eos_token or SEPARATOR)  # each document ends as in training
+    common: dict[str, Any] = {"target_rows": rows, "sizes": SIZES[trial.sizes]}
+    if trial.data is None:
+        common["max_new_tokens"] = find_recipe(trial.recipe).max_new_tokens
+    text: dict[str, Any] = {
+        "length": trial.options.get("max_length") or 1024,  # TRL's default
+        "limit": None if trial.sizes == "full" else SIZES[trial.sizes].text_windows,
+        "autocast": fast_autocast(model),
+    }
+
+    def evaluate(probes: Sequence[str], base: Any = None) -> Any:
+        own = [probe for probe in probes if probe not in packed]
+        found = evaluate_one(model, tokenizer, own, **common) if own else {}
+        for probe in probes:
+            if probe in packed:
+                loss = packed_loss(model, tokenizer, packed[probe][0], separator=packed[probe][1], **text)
+                found[probe] = {"loss": loss.loss, "tokens": loss.tokens, "samples": {"loss": loss.windows}}
+        if base is not None:
+            add_paired_errors(found, base)
+        return {probe: found[probe] for probe in probes}
+
+    return evaluate
+
+
 def _base(trial: Trial, output: Path, evaluate: Callable[[list[str]], Any], adapters_off: Any, model: Any) -> Any:
     """The base's result with samples, measured once for all trials that share model, recipe, probes and sizes."""
     from filelock import FileLock
 
     shared = [trial.model, trial.probes, trial.sizes, trial.options.get("dtype")]
+    if trial.data or trial.texts:
+        shared += [trial.data, trial.texts, trial.options.get("max_length")]
     digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:10]
     file = output / "base" / f"{trial.recipe}-{digest}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +292,48 @@ def run(
     return results
 
 
+def describe(study: Study) -> str:
+    """Every trial of a study, settings with their seeds, and the paper's numbers; nothing is loaded."""
+    trials = [trial for part in study.parts().values() for trial in part]
+    lines = [f"{study.name}: {len(trials)} trials of {study.model}; probes: {', '.join(study.probes)}."]
+    for name, part in study.parts().items():
+        recipe, method = name.split("/")[-2:]
+        points = len(steps_at(part[0].checkpoints, 1000)) + len([scale for scale in part[0].scales if scale != 1])
+        lines.append(f"  {recipe}, {method}: {len(part)} trials, {points} points of each")
+        if study.search:
+            lines.append(f"    searched: {part[0].ranges}; {_length(part[0].options)}")
+            continue
+        seeds: dict[str, list[str]] = {}
+        for trial in part:
+            setting = ", ".join(f"{key} {value}" for key, value in trial.setting.items()) or "as in the file"
+            seeds.setdefault(f"{setting}; {_length(trial.options)}", []).append(str(trial.seed))
+        lines += [f"    {setting}; seeds {', '.join(found)}" for setting, found in seeds.items()]
+    lines += [f"{note} ({', '.join(names)})" for note, names in _notes([asdict(trial) for trial in trials]).items()]
+    if study.paper:
+        lines += ["", table(study)]
+    return "\n".join(lines)
+
+
+def _length(options: Mapping[str, Any]) -> str:
+    """Steps, as far as they are known without the data, and tokens of a step where windows are packed."""
+    steps = options.get("max_steps", -1)
+    epochs = options.get("num_train_epochs", 3)
+    batch = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
+    length = f"{steps} steps" if steps > 0 else f"{epochs:g} epochs"
+    packed = f" x {options.get('max_length', 1024)} tokens" if options.get("packing") else ""
+    return f"{length} of {batch} sequences{packed}"
+
+
+def _notes(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Each note of these trials, with their methods."""
+    found: dict[str, list[str]] = {}
+    for trial in trials:
+        for note in trial.get("notes", []):
+            if trial["method"] not in found.setdefault(note, []):
+                found[note].append(trial["method"])
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """The command `mtt sweep`."""
     parser = argparse.ArgumentParser(
@@ -262,13 +346,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("study", type=Path, help="the study's YAML file")
     parser.add_argument("--storage", help="PostgreSQL URL shared by workers; default: SQLite in the study's folder")
     parser.add_argument("--output", type=Path, help="the study's folder; default: runs/NAME")
+    parser.add_argument("--methods", help="run only these of the file, by commas; the others can follow later")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="instead of what the file says: dotted keys, YAML values, null removes; again for each "
+        "(--set model=package:smollm2 --set train.max_steps=2)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the file, say what would be run, and stop")
     options = parser.parse_args(list(argv))
 
     from mask_the_target.front.evaluate import load_tasks
 
-    study = read_study(options.study)
-    load_tasks(study.probes)
+    methods = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
+    study = read_study(options.study, options.set, methods)
     output = options.output or Path("runs") / study.name
+    if options.dry_run:
+        print(describe(study))
+        return 0
+    load_tasks(study.probes)
 
     import datasets
 
@@ -283,4 +381,10 @@ def main(argv: Sequence[str]) -> int:
     print(f"{len(results)} trials, {len(lost)} failed. Their results are in {output / 'results'}.")
     for result in lost:
         print(f"  {result['key']}: {result['error']}")
+    for note, names in _notes(results).items():
+        print(f"{note} ({', '.join(names)})")
+    if study.paper:
+        shown = table(study, results)
+        write_whole(output / "paper.md", (shown + "\n").encode())
+        print(f"\n{shown}")
     return 0
