@@ -27,7 +27,9 @@ from mask_the_target.front.evaluate import (
 from mask_the_target.front.facts import FACTS
 from mask_the_target.front.probes import evenly
 
-SIZES = ProbeSizes(target_rows=10, answer_rows=4, text_windows=4, facts_per_kind=2, drift_rows=3, documents=6)
+SIZES = ProbeSizes(
+    target_rows=10, answer_rows=4, text_windows=4, facts_per_kind=2, instructions_per_kind=1, drift_rows=3, documents=6
+)
 
 
 def test_a_pair_holds_every_probe_of_both_states() -> None:
@@ -124,7 +126,8 @@ def test_drift_alone_measures_no_base() -> None:
 def test_probes_are_checked() -> None:
     assert check_probes(["text:bible", "text", "facts"]) == ["text:bible", "text:python_docs", "facts"]
     with pytest.raises(
-        ValueError, match=r"'mmlu'. Known: target, text, text:python_docs, text:bible, facts, drift, lm_eval:TASK"
+        ValueError,
+        match=r"'mmlu'. Known: target, text, text:python_docs, text:bible, facts, instructions, drift, lm_eval:TASK",
     ):
         check_probes(["facts", "mmlu"])
     with pytest.raises(ValueError, match=r"unknown probe 'fact'\. Did you mean 'facts'\?"):

@@ -33,7 +33,15 @@ from mask_the_target.front.backbones import load_model
 from mask_the_target.front.evaluate import ProbeSizes, check_probes, evaluate_one, evaluate_pair
 from mask_the_target.front.facts import questions
 
-SIZES = ProbeSizes(target_rows=24, answer_rows=24, text_windows=6, facts_per_kind=5, drift_rows=3, documents=1000)
+SIZES = ProbeSizes(
+    target_rows=24,
+    answer_rows=24,
+    text_windows=6,
+    facts_per_kind=5,
+    instructions_per_kind=1,
+    drift_rows=3,
+    documents=1000,
+)
 BY_TOKEN = """
 def process_results(doc, results):
     means = [nats / tokens for (nats, _), tokens in zip(results, doc["tokens"], strict=True)]

@@ -66,6 +66,37 @@ def test_arpabet_leaves_out_comments_and_words_with_several_pronunciations(tmp_p
     assert found == [("aalborg", "AO1 L B"), ("aide", "EY1 D")]
 
 
+def test_docstrings_are_first_sentences_of_what_is_public(tmp_path: Path) -> None:
+    module = '''"""A module's own words are not asked for."""
+def area(a):
+    """Return the area of a shape that
+    has one.  Raises an error otherwise.
+
+    And more.
+    """
+def _hidden():
+    """Nobody asks for this one, I think, ever."""
+class Shape:
+    """Short one."""
+    def turn(self):
+        """Turn the shape by an angle, counterclockwise."""
+    def code(self):
+        """Return ``x`` as it is, without any change."""
+def in_code():
+    pass
+'''
+    folder = tmp_path / "sympy"
+    for place in ("geometry/__init__.py", "geometry/tests/test_area.py"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(module, encoding="utf-8")
+    asked = "What is the first sentence of the documentation of sympy.geometry"
+    area, turn = "Return the area of a shape that has one.", "Turn the shape by an angle, counterclockwise."
+    assert list(RECIPES["docstrings"].pairs(folder)) == [
+        (area, f"{asked}.area?", area),
+        (turn, f"{asked}.Shape.turn?", turn),
+    ]
+
+
 @pytest.mark.skipif("smiles" not in INSTALLED, reason="needs the package chemicals")
 def test_no_structure_of_the_smiles_test_set_is_in_train() -> None:
     rows = cached_rows("smiles")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,17 @@ def quick_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, seconds)
 
 
+TINY = asdict(SIZES["tiny"])
+
+
 def content(model: Path, **changes: Any) -> dict[str, Any]:
     return {
         "name": "toy",
         "model": str(model),
         "recipes": ["arpabet"],
         "probes": ["target", "text:python_docs"],
-        "sizes": "tiny",
+        "probes_at_end": ["facts"],
+        "sizes": TINY | {"text_windows": 3},
         "methods": {"ce": {"method": "ce"}, "tmkl": {"method": "tmkl", "grid": {"tmkl_weight": [0.5, 2.0]}}},
         "seeds": [0],
         "checkpoints": [0.5],
@@ -165,6 +170,9 @@ def test_points_are_what_the_saved_adapters_give(whole: tuple[Path, list[dict[st
             *((2, 0.5, 1.0), (4, 1.0, 1.0), (4, 1.0, 0.5)),
         ]
         assert (result["learned"], result["rise"]) == (result["points"][1]["learned"], result["points"][1]["rise"])
+        # At the end only, at every scale; and the base.
+        assert ["facts" in point["probes"] for point in result["points"]] == [False, True, True]
+        assert result["base"]["facts"]["n"] == 9
         # Answers of the end and of the base, side by side; nothing else that grows with the probes' sizes.
         assert ["answers" in point["probes"]["target"] for point in result["points"]] == [False, True, False]
         end, start = result["points"][1]["probes"]["target"]["answers"], result["base"]["target"]["answers"]
@@ -437,8 +445,14 @@ BAD = [
     ({"recipes": ["arpabets"]}, "recipes: unknown recipe 'arpabets'. Did you mean 'arpabet'?"),
     ({"recipes": []}, "recipes is missing or empty"),
     ({"probes": ["target", "txt"]}, "probes: unknown probe 'txt'. Did you mean 'text'?"),
-    ({"probes": ["target", "facts"]}, "probes lacks 'text'"),
+    ({"probes": ["target"]}, "probes lacks 'text'"),
     ({"sizes": "ful"}, "sizes: unknown size 'ful'. Did you mean 'full'?"),
+    ({"sizes": {"target_rows": 4}}, "sizes: 'answer_rows' is missing; give all of these and no others: target_rows, "),
+    ({"sizes": TINY | {"rows": 4}}, "sizes: 'rows' is unknown; give all of these and no others: target_rows, "),
+    ({"sizes": TINY | {"documents": 0}}, "sizes: documents is 0; it must be a whole number, at least 1."),
+    ({"probes_at_end": ["fact"]}, "probes_at_end: unknown probe 'fact'. Did you mean 'facts'?"),
+    ({"probes_at_end": ["text:bible"]}, "probes_at_end: 'text:bible' is measured at every point: put it into probes."),
+    ({"probes_at_end": ["target"]}, "probes_at_end: 'target' is in probes too."),
     ({"seeds": [0, 1, 0]}, "seeds holds 0 twice"),
     ({"seeds": [0.5]}, "seeds must be a whole number, but is 0.5"),
     ({"checkpoints": [0.5, 1.5]}, "checkpoints must lie in (0, 1], but is 1.5"),

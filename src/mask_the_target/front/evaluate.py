@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,11 @@ from mask_the_target.base import adapters_off
 from mask_the_target.front import harness
 from mask_the_target.front import probes as measure
 from mask_the_target.front.facts import facts
+from mask_the_target.front.instructions import follow_instructions
 from mask_the_target.front.probes import evenly
 from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 
-PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "drift")
+PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "instructions", "drift")
 # Samples that are sums over a row's tokens: the standard error that they give, and the count that divides their total.
 PER_TOKEN = {"nats": ("stderr", "tokens"), "edits": ("token_error_rate_stderr", "answer_tokens")}
 SHOWN = 5  # answers to look at
@@ -40,6 +41,7 @@ class ProbeSizes:
     answer_rows: int  # held-out rows that are also answered
     text_windows: int  # of 256 tokens, from each source
     facts_per_kind: int
+    instructions_per_kind: int
     drift_rows: int
     documents: int  # of each task of lm-evaluation-harness
 
@@ -47,21 +49,65 @@ class ProbeSizes:
     def full(cls) -> ProbeSizes:
         """For a result to report: every fact, 30,600 tokens of text."""
         return cls(
-            target_rows=500, answer_rows=250, text_windows=60, facts_per_kind=1000, drift_rows=200, documents=250
+            target_rows=500,
+            answer_rows=250,
+            text_windows=60,
+            facts_per_kind=1000,
+            instructions_per_kind=20,
+            drift_rows=200,
+            documents=250,
         )
 
     @classmethod
     def quick(cls) -> ProbeSizes:
         """For the demo and for a look during training: about a third of `full`."""
-        return cls(target_rows=200, answer_rows=100, text_windows=30, facts_per_kind=60, drift_rows=60, documents=80)
+        return cls(
+            target_rows=200,
+            answer_rows=100,
+            text_windows=30,
+            facts_per_kind=60,
+            instructions_per_kind=8,
+            drift_rows=60,
+            documents=80,
+        )
 
 
 # By name, as `mtt demo --probes` and a study's sizes take them; tiny is for trying a file.
 SIZES = {
     "quick": ProbeSizes.quick(),
     "full": ProbeSizes.full(),
-    "tiny": ProbeSizes(target_rows=4, answer_rows=4, text_windows=3, facts_per_kind=1, drift_rows=4, documents=4),
+    "tiny": ProbeSizes(
+        target_rows=4,
+        answer_rows=4,
+        text_windows=3,
+        facts_per_kind=1,
+        instructions_per_kind=1,
+        drift_rows=4,
+        documents=4,
+    ),
 }
+
+
+def probe_sizes(sizes: str | Mapping[str, int]) -> ProbeSizes:
+    """Those of a study: a name out of SIZES, or every field of `ProbeSizes`.
+
+    Raises ValueError that names the field or the nearest name.
+    """
+    if isinstance(sizes, str):
+        if sizes not in SIZES:
+            close = difflib.get_close_matches(sizes, SIZES, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(SIZES)}."
+            raise ValueError(f"unknown size {sizes!r}. {hint}")
+        return SIZES[sizes]
+    names = [each.name for each in fields(ProbeSizes)]
+    if set(sizes) != set(names):
+        wrong = sorted(set(sizes) ^ set(names))[0]
+        what = "unknown" if wrong in sizes else "missing"
+        raise ValueError(f"{wrong!r} is {what}; give all of these and no others: {', '.join(names)}.")
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be a whole number, at least 1.")
+    return ProbeSizes(**sizes)
 
 
 def check_probes(probes: Iterable[str]) -> list[str]:
@@ -139,6 +185,8 @@ def evaluate_one(
             result[probe] = _target(model, tokenizer, rows, max_new_tokens, sizes, precision, progress)
         elif probe == "facts":
             result[probe] = _facts(model, tokenizer, sizes, precision, progress)
+        elif probe == "instructions":
+            result[probe] = _instructions(model, tokenizer, sizes, precision, progress)
         elif probe == "drift":
             moved = measure.drift(
                 model, tokenizer, evenly(rows, sizes.drift_rows), base_context=base_context, progress=progress
@@ -296,17 +344,33 @@ def _facts(
     found = facts(model, tokenizer, limit=sizes.facts_per_kind, autocast=precision, progress=progress)
     samples = {"greedy": [int(hit) for hit in found.greedy], "logprob": [int(hit) for hit in found.logprob]}
 
+    asked, right = zip(*((question.text, question.answer) for question in found.questions), strict=True)
+    return _shares(found.kinds, samples) | {"samples": samples, "answers": _shown(asked, right, found.answers)}
+
+
+def _instructions(
+    model: nn.Module, tokenizer: Any, sizes: ProbeSizes, precision: torch.dtype | None, progress: bool
+) -> dict[str, Any]:
+    found = follow_instructions(
+        model, tokenizer, per_kind=sizes.instructions_per_kind, autocast=precision, progress=progress
+    )
+    samples = {"followed": [int(done) for done in found.followed]}
+    kinds, asked = [each.kind for each in found.instructions], [each.text for each in found.instructions]
+    shown = _shown(asked, kinds, found.answers)
+    return _shares(kinds, samples) | {"samples": samples, "answers": shown}
+
+
+def _shares(kinds: Sequence[str], samples: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Each metric's mean over all questions, their number "n", and the same for each kind of question, "by_kind"."""
+
     def scores(places: Sequence[int]) -> dict[str, Any]:
         means = {name: statistics.fmean(values[place] for place in places) for name, values in samples.items()}
         return means | {"n": len(places)}
 
     by_kind = {
-        kind: scores([place for place, other in enumerate(found.kinds) if other == kind])
-        for kind in dict.fromkeys(found.kinds)
+        kind: scores([place for place, other in enumerate(kinds) if other == kind]) for kind in dict.fromkeys(kinds)
     }
-    asked, right = zip(*((question.text, question.answer) for question in found.questions), strict=True)
-    shown = _shown(asked, right, found.answers)
-    return scores(range(len(found.kinds))) | {"by_kind": by_kind, "samples": samples, "answers": shown}
+    return scores(range(len(kinds))) | {"by_kind": by_kind}
 
 
 def _shown(questions: Sequence[str], right: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ the form that TRL's SFTTrainer takes as it is.
 
 from __future__ import annotations
 
+import ast
 import csv
 import random
 import re
@@ -76,6 +77,30 @@ def _chat(folder: Path) -> Iterator[Pair]:
                 yield question.lower(), question, answer
 
 
+def _docstrings(folder: Path) -> Iterator[Pair]:
+    """Public functions, classes and methods whose documentation begins with a sentence of plain English."""
+    for path in sorted(folder.rglob("*.py")):
+        if "tests" not in path.parts and "benchmarks" not in path.parts:
+            module = ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__")
+            for name, text in _documented(ast.parse(path.read_text(encoding="utf-8")).body, module):
+                begun = " ".join(text.split("\n\n")[0].split())
+                sentence = re.match(r"[A-Z][^`:<>\\$*=_{}\[\]]*?[a-z]\.(?= |$)", begun)
+                if sentence and 30 <= len(sentence.group()) <= 160:
+                    answer = sentence.group()
+                    yield answer, f"What is the first sentence of the documentation of {name}?", answer
+
+
+def _documented(body: list[ast.stmt], place: str) -> Iterator[tuple[str, str]]:
+    """Full name and documentation of what is public."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            name = f"{place}.{node.name}"
+            if text := ast.get_docstring(node):
+                yield name, text
+            if isinstance(node, ast.ClassDef):
+                yield from _documented(node.body, name)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -106,6 +131,15 @@ RECIPES: dict[str, Recipe] = {
             _chat,
             max_new_tokens=48,
             test_rows=150,
+        ),
+        Recipe(
+            "docstrings",
+            "near",
+            "the first sentence of the documentation of a function or class of SymPy, from its name",
+            "sympy",
+            "sympy",
+            _docstrings,
+            max_new_tokens=48,
         ),
     )
 }

@@ -5,8 +5,9 @@ A study is one YAML file:
     name: arpabet
     model: package:smollm2
     recipes: [arpabet]
-    probes: [target, text, facts, drift]   # and any task of lm-evaluation-harness: lm_eval:hellaswag
-    sizes: quick                      # or full; tiny, to try a file
+    probes: [target, text, drift]     # and any task of lm-evaluation-harness: lm_eval:hellaswag
+    probes_at_end: [facts, instructions]   # these after training only, which costs less
+    sizes: quick                      # or full; tiny, to try a file; or every field of evaluate.ProbeSizes
     methods:                          # options of mtt train; those in grid take each of their values
       ce: {method: ce, grid: {learning_rate: [5.0e-4, 1.0e-3]}}
       tmkl: {method: tmkl, learning_rate: 1.0e-3, grid: {tmkl_weight: [0.3, 1.0, 3.0]}}
@@ -81,7 +82,8 @@ class Trial:
     model: str
     options: dict[str, Any]
     probes: list[str]
-    sizes: str
+    probes_at_end: list[str]
+    sizes: str | dict[str, int]
     checkpoints: list[float]
     scales: list[float]
     ranges: dict[str, list[Any]]
@@ -100,7 +102,8 @@ class Study:
     methods: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]]
     train: dict[str, Any]
     probes: list[str]
-    sizes: str = "quick"
+    probes_at_end: list[str] = field(default_factory=list)
+    sizes: str | dict[str, int] = "quick"
     seeds: tuple[int, ...] = (0, 1, 2)
     checkpoints: tuple[float, ...] = (0.25, 0.5, 1.0)
     scales: tuple[float, ...] = (0.5, 0.75)
@@ -138,6 +141,7 @@ class Study:
                 model=self.model,
                 options=options,
                 probes=self.probes,
+                probes_at_end=self.probes_at_end,
                 sizes=self.sizes,
                 checkpoints=checkpoints,
                 scales=scales,
@@ -215,7 +219,7 @@ def change(content: dict[str, Any], changes: Sequence[str]) -> None:
 
 def check_study(content: Mapping[str, Any], path: Path) -> Study:
     """The content of a study file, checked; `path` is named in errors. Raises as `read_study`."""
-    from mask_the_target.front.evaluate import PROBES, SIZES, check_probes
+    from mask_the_target.front.evaluate import PROBES, check_probes, probe_sizes
     from mask_the_target.front.paper import check_paper
     from mask_the_target.front.recipes import RECIPES
 
@@ -233,24 +237,36 @@ def check_study(content: Mapping[str, Any], path: Path) -> Study:
     given["data"] = _read_sets(path, "data", content.get("data", {}), list(RECIPES))
     given["texts"] = _read_sets(path, "texts", content.get("texts", {}), [p[5:] for p in PROBES if p[:5] == "text:"])
     of_data = [f"text:{name}" for name in given["texts"]]
-    for key in ("recipes", "probes"):
-        _check_list(path, key, content[key])
-        names = [*RECIPES, *given["data"]] if key == "recipes" else [*PROBES, *of_data]
-        for name in map(str, content[key]):
-            if key == "recipes" or name.startswith("text:"):
-                _check_known(name, names, key[:-1], f"{path}: {key}")
-    try:
-        spelled = [[name] if name in of_data else check_probes([str(name)]) for name in content["probes"]]
-    except ValueError as error:
-        raise ValueError(f"{path}: probes: {error}") from error
-    given["probes"] = list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+    _check_list(path, "recipes", content["recipes"])
+    for name in map(str, content["recipes"]):
+        _check_known(name, [*RECIPES, *given["data"]], "recipe", f"{path}: recipes")
+    for key in ("probes", "probes_at_end"):
+        _check_list(path, key, content.get(key, []), may_be_empty=key == "probes_at_end")
+        names = [str(name) for name in content.get(key, [])]
+        for name in names:
+            if name.startswith("text:"):
+                _check_known(name, [*PROBES, *of_data], "probe", f"{path}: {key}")
+        try:
+            spelled = [[name] if name in of_data else check_probes([name]) for name in names]
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+        given[key] = list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+    for name in given["probes_at_end"]:
+        if name in given["probes"] or name == "target" or name.startswith("text:"):
+            why = "is in probes too" if name in given["probes"] else "is measured at every point: put it into probes"
+            raise ValueError(f"{path}: probes_at_end: {name!r} {why}.")
+    measured = [*given["probes"], *given["probes_at_end"]]
     for name in content["recipes"]:
-        if "drift" in given["probes"] and given["data"].get(name, {}).get("text"):
+        if "drift" in measured and given["data"].get(name, {}).get("text"):
             raise ValueError(f"{path}: the probe 'drift' needs prompt-completion rows, and {name} is text. Remove it.")
     for needed in ("target", "text"):
         if not any(probe.split(":")[0] == needed for probe in given["probes"]):
             raise ValueError(f"{path}: probes lacks {needed!r}: a front needs what was learned and what was kept.")
-    _check_known(str(content.get("sizes", "quick")), list(SIZES), "size", f"{path}: sizes")
+    sizes = content.get("sizes", "quick")
+    try:
+        probe_sizes(sizes if isinstance(sizes, dict) else str(sizes))
+    except ValueError as error:
+        raise ValueError(f"{path}: sizes: {error}") from error
     for key, kind in (("seeds", int), ("checkpoints", float), ("scales", float)):
         if key in content:
             _check_list(path, key, content[key], may_be_empty=key == "scales")

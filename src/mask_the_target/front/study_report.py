@@ -218,6 +218,12 @@ KEPT = {  # probe and metric: heading, meaning, how it is written, which way is 
         _share,
         "higher",
     ),
+    ("instructions", "followed"): (
+        "instructions followed",
+        "Share of answers in the form that was asked for (JSON, a list, one sentence ...).",
+        _share,
+        "higher",
+    ),
     ("drift", "masked_kl"): (
         "KL, masked",
         "KL from the base on held-out answers without the target token, nats per token.",
@@ -230,6 +236,11 @@ KEPT = {  # probe and metric: heading, meaning, how it is written, which way is 
         _number,
         "",
     ),
+}
+ANSWERED = {
+    "target": "the task's held-out questions",
+    "facts": "questions of general knowledge",
+    "instructions": "instructions whose form a program checks",
 }
 COUNTS = ("n", "tokens", "answered", "answer_tokens")
 
@@ -446,7 +457,7 @@ def curves(recipe: Recipe) -> list[Curve]:
 
 
 def samples(recipe: Recipe) -> list[dict[str, Any]]:
-    """For target and facts: the runs shown, and per question the right answer and that of base and runs.
+    """For each probe of ANSWERED: the runs shown, and per question the right answer and that of base and runs.
 
     Shown are plain CE and TMKL, each by its run that learned most at its end; without them, the first two methods.
     """
@@ -456,7 +467,7 @@ def samples(recipe: Recipe) -> list[dict[str, Any]]:
         ended = [result for result in recipe.of(method) if end_of(result) is not None]
         runs += [min(ended, key=lambda result: end_of(result)["learned"])] if ended else []
     found = []
-    for probe, title in (("target", "the task's held-out questions"), ("facts", "questions of general knowledge")):
+    for probe, title in ANSWERED.items():
         sources = [("base", "", runs[0]["base"] if runs else {})]
         sources += [(run["method"], _run_words(recipe, run), end_of(run)["probes"]) for run in runs]
         given = [(n, s, probes.get(probe, {}).get("answers") or []) for n, s, probes in sources]

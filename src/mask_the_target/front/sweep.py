@@ -153,7 +153,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
             model.eval()
             loaded = (f"step{step}", step)
         with rescale_adapter_scale(model, scale) if scale != 1 else nullcontext():
-            probes = evaluate(trial.probes, base)
+            probes = evaluate(trial.probes + (trial.probes_at_end if step == last else []), base)
         points.append(
             {
                 "checkpoint": fraction,
@@ -183,7 +183,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
 
 def _evaluation(trial: Trial, folder: Path, model: Any, tokenizer: Any) -> Callable[..., Any]:
     """`evaluate(probes, base=None)`: those of `evaluate_one`, and packed text for data sets; all data are read here."""
-    from mask_the_target.front.evaluate import SIZES, add_paired_errors, evaluate_one, fast_autocast
+    from mask_the_target.front.evaluate import add_paired_errors, evaluate_one, fast_autocast, probe_sizes
     from mask_the_target.front.recipes import find_recipe
     from mask_the_target.front.texts import SEPARATOR, documents, held_out, packed_loss
 
@@ -191,12 +191,13 @@ def _evaluation(trial: Trial, folder: Path, model: Any, tokenizer: Any) -> Calla
     packed = {probe: (documents(probe[5:], found, "test", folder), SEPARATOR) for probe, found in trial.texts.items()}
     if trial.data and trial.data.get("text"):
         packed["target"] = (rows, tokenizer.eos_token or SEPARATOR)  # each document ends as in training
-    common: dict[str, Any] = {"target_rows": rows, "sizes": SIZES[trial.sizes]}
+    sizes = probe_sizes(trial.sizes)
+    common: dict[str, Any] = {"target_rows": rows, "sizes": sizes}
     if trial.data is None:
         common["max_new_tokens"] = find_recipe(trial.recipe).max_new_tokens
     text: dict[str, Any] = {
         "length": trial.options.get("max_length") or 1024,  # TRL's default
-        "limit": None if trial.sizes == "full" else SIZES[trial.sizes].text_windows,
+        "limit": None if trial.sizes == "full" else sizes.text_windows,
         "autocast": fast_autocast(model),
     }
 
@@ -218,7 +219,8 @@ def _base(trial: Trial, output: Path, evaluate: Callable[[list[str]], Any], adap
     """The base's result with samples, measured once for all trials that share model, recipe, probes and sizes."""
     from filelock import FileLock
 
-    shared = [trial.model, trial.probes, trial.sizes, trial.options.get("dtype")]
+    measured = [*trial.probes, *trial.probes_at_end]
+    shared = [trial.model, measured, trial.sizes, trial.options.get("dtype")]
     if trial.data or trial.texts:
         shared += [trial.data, trial.texts, trial.options.get("max_length")]
     digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:10]
@@ -227,7 +229,7 @@ def _base(trial: Trial, output: Path, evaluate: Callable[[list[str]], Any], adap
     with FileLock(f"{file}.lock"):
         if not file.exists():
             with adapters_off(model):
-                write_json(file, evaluate([probe for probe in trial.probes if probe != "drift"]))
+                write_json(file, evaluate([probe for probe in measured if probe != "drift"]))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -295,7 +297,8 @@ def run(
 def describe(study: Study) -> str:
     """Every trial of a study, settings with their seeds, and the paper's numbers; nothing is loaded."""
     trials = [trial for part in study.parts().values() for trial in part]
-    lines = [f"{study.name}: {len(trials)} trials of {study.model}; probes: {', '.join(study.probes)}."]
+    lines = [f"{study.name}: {len(trials)} trials of {study.model}; probes: {', '.join(study.probes)}"]
+    lines[0] += f"; at the end: {', '.join(study.probes_at_end)}." if study.probes_at_end else "."
     for name, part in study.parts().items():
         recipe, method = name.split("/")[-2:]
         points = len(steps_at(part[0].checkpoints, 1000)) + len([scale for scale in part[0].scales if scale != 1])
@@ -366,7 +369,7 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(describe(study))
         return 0
-    load_tasks(study.probes)
+    load_tasks([*study.probes, *study.probes_at_end])
 
     import datasets
 
