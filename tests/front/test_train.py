@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from mask_the_target.cli import main
 from mask_the_target.front import train
 from mask_the_target.front.options import parse
+from mask_the_target.front.probes import encode_row, evenly
 
 WORDS = ["the", "capital", "of", "what", "is", "say", "please", "france", "spain", "italy", "paris", "madrid", "rome"]
 TEMPLATE = (
@@ -115,10 +117,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        return model(input_ids=torch.arange(2, 18)[None]).logits
+        return model(input_ids=torch.arange(2, 18)[None] if ids is None else ids).logits
 
 
 class Grab(TrainerCallback):
@@ -389,3 +391,59 @@ def test_a_cache_over_its_limit_is_refused_before_anything_is_computed(
         assert "over the limit of" in capsys.readouterr().err
     assert main(["train", str(config), "--base", "cached", "--cache_limit_gib", "0"]) == 2
     assert "limit_gib=0.0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- drift in the log
+
+
+@pytest.mark.parametrize("options", [{"method": "ce"}, {"method": "tmkl"}, {"method": "l2", "rival_weight": 0.1}])
+def test_drift_is_logged_for_every_method_and_changes_nothing(
+    tmp_path: Path, model: Path, options: dict[str, Any]
+) -> None:
+    held_out = {"dataset_train_split": "train[:12]", "dataset_test_split": "train[12:]"}
+    logged = write_config(tmp_path, model, logging_steps=2, drift_rows=3, **held_out, **options)
+    assert main(["train", str(logged)]) == 0
+    history = json.loads((tmp_path / "out/run.json").read_text())["log_history"]
+    at = {row["step"]: (row["held_out_kl"], row["held_out_full_kl"]) for row in history if "loss" in row}
+    assert list(at)[-3:] == [2, 4, 6]  # and TMKL logs its first step
+
+    # The figure of step 4 against the checkpoint and a base that is loaded apart.
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "out/checkpoint-4"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    masked, full = [], []
+    for row in evenly(make_rows()[12:], 3):
+        prompt, answer = encode_row(tokenizer, row)
+        ids = torch.tensor([prompt + answer])
+        for place in range(len(prompt), ids.shape[1]):
+            p, q = (logits(one, ids)[0, place - 1].double().softmax(-1) for one in (base, adapted))
+            full.append((p * (p / q).log()).sum().item())
+            kept = torch.arange(len(p)) != ids[0, place]
+            p, q = p[kept] / p[kept].sum(), q[kept] / q[kept].sum()
+            masked.append((p * (p / q).log()).sum().item())
+    assert at[4] == pytest.approx((statistics.fmean(masked), statistics.fmean(full)), rel=1e-4)
+
+    plain = write_config(tmp_path, model, output_dir=str(tmp_path / "plain"), **held_out, **options)
+    assert main(["train", str(plain)]) == 0
+    for name, weight in weights(tmp_path / "plain").items():
+        assert torch.equal(weight, weights(tmp_path / "out")[name])
+
+
+def test_drift_with_pissa_is_against_the_true_base(tmp_path: Path, model: Path) -> None:
+    """With the adapter off, PiSSA's model is not the base: a learning rate of nothing must give a drift of nothing."""
+    config = write_config(
+        tmp_path, model, adapter="pissa", method="ce", learning_rate=1e-12, drift_rows=3, dataset_test_split="train"
+    )
+    assert main(["train", str(config)]) == 0
+    history = json.loads((tmp_path / "out/run.json").read_text())["log_history"]
+    assert all(abs(row["held_out_full_kl"]) < 1e-6 for row in history if "loss" in row)
+
+
+def test_drift_needs_held_out_prompts_and_completions(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "has no split 'test'" in refused([str(config), "--drift_rows", "3"], capsys)
+    assert "drift_rows is -1; it is a number of rows" in refused([str(config), "--drift_rows", "-1"], capsys)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the capital"}] * 4)
+    options = ["--dataset_name", str(texts), "--dataset_test_split", "train", "--drift_rows", "2"]
+    assert "on held-out rows with 'prompt' and 'completion'" in refused([str(config), *options], capsys)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mask_the_target.front.probes import evenly
 from mask_the_target.objective import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 @dataclass
 class Data:
-    """Rows to train on, rows to evaluate on if asked for, and what identifies them."""
+    """Rows to train on, rows to evaluate on if asked for, what identifies them, and held-out rows to log drift on."""
 
     train: Dataset
     test: Dataset | None
     name: str
     fingerprint: str
+    drift: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_data(settings: Settings) -> Data:
@@ -58,7 +60,20 @@ def load_data(settings: Settings) -> Data:
         fingerprint = f"sha256:{_sha256(Path(name))}"
     else:
         fingerprint = f"datasets:{getattr(train, '_fingerprint', 'stream')}"
-    return Data(train, test, name, fingerprint)
+    return Data(train, test, name, fingerprint, _drift_rows(settings, found, name))
+
+
+def _drift_rows(settings: Settings, found: Any, name: str) -> list[dict[str, Any]]:
+    count, split = settings.tmkl.drift_rows, settings.script.dataset_test_split
+    if not count:
+        return []
+    rows = take_split(found, split, name)
+    if not {"prompt", "completion"} <= set(rows.column_names or ()) or not hasattr(rows, "__len__"):
+        raise ValueError(
+            f"drift_rows is {count}: drift is logged on held-out rows with 'prompt' and 'completion' that are not "
+            f"streamed, and the split {split!r} of {name} has none. Leave it out, or give such data."
+        )
+    return evenly(list(rows), count)
 
 
 def load_named(name: str, config: str | None, streaming: bool) -> DatasetDict:

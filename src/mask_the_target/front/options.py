@@ -58,6 +58,13 @@ class TMKLArguments:
     cache_dtype: Literal["model", "bfloat16"] = field(
         default="model", metadata={"help": "model: hidden states as they are. bfloat16: rounded, half of float32."}
     )
+    drift_rows: int = field(
+        default=0,
+        metadata={
+            "help": "With any method, log the KL from the base on this many held-out rows (dataset_test_split) as "
+            "held_out_kl, without the target, and held_out_full_kl: what forgetting can be foreseen by."
+        },
+    )
 
     adapter: str | None = field(
         default=None,
@@ -233,6 +240,8 @@ def _check_settings(settings: Settings) -> None:
     check_settings(settings)
     tmkl.options()
     tmkl.base_choice()
+    if tmkl.drift_rows < 0:
+        raise ValueError(f"drift_rows is {tmkl.drift_rows}; it is a number of rows, 0 for none.")
     if not model.use_peft:
         raise ValueError(
             "use_peft is false, which asks for a full fine-tune. TMKL takes its base distribution from the same model "

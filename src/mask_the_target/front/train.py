@@ -32,6 +32,7 @@ from mask_the_target.front.adapters import (
 )
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
 from mask_the_target.front.data import Data, check_labels, load_data
+from mask_the_target.front.drift_log import LogDrift
 from mask_the_target.front.options import Settings, parse
 from mask_the_target.front.record import last_figures, model_card, new_record, write_json, write_whole
 from mask_the_target.front.rivals import RIVALS
@@ -177,6 +178,8 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     if settings.tmkl.method == "tmkl":
         ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
     ours += rival_losses.callbacks(settings.tmkl)
+    if data.drift:
+        ours.append(LogDrift(data.drift))
     if settings.tmkl.adapter == "adalora":
         ours.append(AdaLoraSteps())
     trainer = _build_trainer(settings, data, path, ours)

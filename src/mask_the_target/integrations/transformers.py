@@ -79,7 +79,7 @@ class TMKLCallback(TrainerCallback):
             # Liger's fused cross-entropy would replace the forward in train(), ours included; its layers may stay.
             keep = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **keep}
-        _log_before_reporters(self)
+        log_before_reporters(self)
         model = kwargs.get("model")
         if model is not None:
             inner, configs = unwrap(model)
@@ -245,7 +245,7 @@ def _check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def _log_before_reporters(callback: TMKLCallback) -> None:
+def log_before_reporters(callback: TrainerCallback) -> None:
     """Move ``callback`` to the front of the trainer's callbacks, so that reporters see what it adds to the logs.
 
     Trainers put the user's callbacks behind TensorBoard's, W&B's and the progress bar's, and hand a callback no way to
@@ -253,7 +253,8 @@ def _log_before_reporters(callback: TMKLCallback) -> None:
     """
     handler = _calling(CallbackHandler)
     if handler is None:
-        print("TMKLCallback: ce and kl reach the trainer's log history only, not its reporters.", file=sys.stderr)
+        name = type(callback).__name__
+        print(f"{name}: its figures reach the trainer's log history only, not its reporters.", file=sys.stderr)
         return
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
