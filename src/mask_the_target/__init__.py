@@ -1,5 +1,6 @@
 """Target-masked KL: fine-tune with LoRA and keep what the base model knew."""
 
+from mask_the_target.anchors import Anchors
 from mask_the_target.attach import Attachment, attach, count_context, detach
 from mask_the_target.cache import CachedBase
 from mask_the_target.integrations.transformers import TMKLCallback
@@ -8,6 +9,7 @@ from mask_the_target.objective import TMKL, target_masked_kl
 
 __all__ = [
     "TMKL",
+    "Anchors",
     "Attachment",
     "CachedBase",
     "TMKLCallback",

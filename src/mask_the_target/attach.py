@@ -120,6 +120,7 @@ class Attachment:
         last: the last training forward's numbers, or None before the first.
         full_kl: also measure the full-vocabulary KL at each step (a little more time, no more memory).
         cache: answers base passes from disk, or None.
+        context_weight: of the options; may be set to another between steps.
         prefix: the layers before the first adapter, which run once for both passes; None where there are none.
         totals: sums over training forwards; replace it by ``Totals()`` to start anew.
     """
@@ -161,6 +162,7 @@ class Attachment:
         self._active = True
         self._warned = False
         self._running = False
+        self.context_weight: float = self.options.context_weight
         self._placeholders = placeholders_of(self.model) if self.options.context_weight else ()
         self._first_batch = True
         # Of its own, so that a sample of context positions moves no random number of the training.
@@ -338,7 +340,7 @@ class Attachment:
         losses = rows.loss  # summed and divided by items, they are the loss
         if context is not None:
             share = positions.all_context / max(1, len(positions.context))  # what each one of a sample stands for
-            losses = torch.cat([losses, context.loss * (self.options.context_weight * share * items / context_items)])
+            losses = torch.cat([losses, context.loss * (self.context_weight * share * items / context_items)])
         if self.on_backward is not None and losses.requires_grad:
             losses.register_hook(functools.partial(self.on_backward, losses.detach()))
         loss = losses.sum() / items

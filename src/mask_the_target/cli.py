@@ -21,6 +21,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt demo                           the main job on a small model: plain CE beside TMKL, with a table and a page
   mtt train CONFIG.yaml              train an adapter; a TRL user's SFT config works as it is
   mtt cache CONFIG.yaml              run the base once over a config's data, for mtt train --base cached
+  mtt anchors --model M              let a model write the sequences that hold it in place (mtt train --anchors FILE)
   mtt eval --model M --adapter DIR   measure base and adapted model in one load
   mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
   mtt suggest --model M --data D     a weight and a learning rate for your model and data, from a short pilot
@@ -49,6 +50,45 @@ def _demo(argv: Sequence[str]) -> int:
     from mask_the_target.front.demo import main
 
     return main(argv)
+
+
+def _anchors(argv: Sequence[str]) -> int:
+    """Write anchors with a model as it stands, to be read and kept beside the data. Refuses to write over a file."""
+    from mask_the_target.anchors import Anchors, save_anchors, write_anchors
+
+    parser = argparse.ArgumentParser(
+        prog="mtt anchors",
+        description="Let a model write the short sequences that hold it in place while it is trained.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="package:smollm2", help="hub name, folder, or package:NAME")
+    parser.add_argument("--count", type=int, default=Anchors.count, help="how many, all different")
+    parser.add_argument("--length", type=int, default=Anchors.length, help="tokens of each, at most")
+    parser.add_argument("--temperatures", default="0.7,1.0", help="of the sampling, by commas; they take turns")
+    parser.add_argument("--seed", type=int, default=Anchors.seed)
+    parser.add_argument("--output", type=Path, default=Path("anchors.jsonl"), help="JSON Lines")
+    options = parser.parse_args(list(argv))
+
+    from mask_the_target.front.backbones import find_model, load_model
+
+    Anchors(count=options.count, length=options.length)  # checks both
+    try:
+        temperatures = [float(value) for value in options.temperatures.split(",")]
+    except ValueError:
+        temperatures = []
+    if not temperatures or not all(0 < value < float("inf") for value in temperatures):
+        raise ValueError(f"--temperatures is {options.temperatures!r}; give positive numbers, like 0.7,1.0.")
+    if options.output.exists():
+        raise ValueError(f"{options.output} exists already. Choose another --output, or remove it.")
+    path, _ = find_model(options.model)
+    model, tokenizer = load_model(path, None)
+    rows = write_anchors(
+        model, tokenizer, options.count, length=options.length, temperatures=temperatures, seed=options.seed
+    )
+    save_anchors(rows, options.output)
+    print(f"{len(rows)} anchors in {options.output}. Train with them: mtt train ... --anchors {options.output}")
+    return 0
 
 
 def _sweep(argv: Sequence[str]) -> int:
@@ -260,6 +300,7 @@ def check_adapter(folder: Path, config: Any) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "cache": _cache,
+    "anchors": _anchors,
     "eval": _eval,
     "demo": _demo,
     "sweep": _sweep,

@@ -393,6 +393,56 @@ def test_a_cache_over_its_limit_is_refused_before_anything_is_computed(
     assert "limit_gib=0.0" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------- anchors and a budget
+
+
+def test_anchors_and_a_budget_survive_an_interruption(tmp_path: Path, model: Path) -> None:
+    """Stopped and gone on with: the weights of a run that was not, with the anchors that were written once."""
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": " ".join(WORDS[n % 7 :])} for n in range(16)])
+    more = {"dataset_name": str(texts), "tmkl_context_weight": 1.0, "anchors": "auto", "max_drift": 1e-3}
+    config = write_config(tmp_path, model, **more)
+
+    class PressCtrlC(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    record = train.run(parse([str(config), "--output_dir", str(whole)]))
+    logged = [row for row in record["log_history"] if "loss" in row]
+    assert logged[-1]["context_kl"] > 0
+    assert logged[0]["context_weight"] == 1.0 < logged[-1]["context_weight"]
+    with pytest.raises(train.Interrupted):
+        train.run(parse([str(config), "--output_dir", str(cut)]), [PressCtrlC()])
+    (written,) = cut.glob("anchors-*.jsonl")
+    before = written.stat().st_mtime_ns
+    train.run(parse([str(config), "--output_dir", str(cut), "--resume_from_checkpoint", "last"]))
+    assert written.stat().st_mtime_ns == before
+    assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
+    card = (whole / "README.md").read_text()
+    assert "anchors auto, anchor_share 0.25, max_drift 0.001" in card
+    assert "replay" not in card
+
+
+def test_anchors_of_a_file_are_replay_and_the_card_says_so(
+    config: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "anchors.jsonl"
+    asked = ["anchors", "--model", str(model), "--count", "6", "--length", "5", "--output", str(file)]
+    assert main(asked) == 0
+    assert len(file.read_text().splitlines()) == 6
+    assert main(asked) == 2
+    assert "exists already" in capsys.readouterr().err
+    given = [str(config), "--anchors", str(file)]
+    assert "without a context_weight has no effect" in refused(given, capsys)
+    given += ["--tmkl_context_weight", "0.5"]
+    assert "anchors and max_drift are parts of TMKL" in refused([*given, "--method", "ce"], capsys)
+    assert "share=2.0 must lie between" in refused([*given, "--anchor_share", "2"], capsys)
+    assert "there is no file" in refused([*given, "--anchors", "none.jsonl"], capsys)
+    assert main(["train", *given]) == 0
+    assert "(the anchors are a file's, so this is replay of what it holds)" in (tmp_path / "out/README.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------------- drift in the log
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from mask_the_target import TMKL, CachedBase
+from mask_the_target import TMKL, CachedBase, TMKLCallback
+from mask_the_target.anchors import Anchors
 from mask_the_target.base import BaseChoice
 from mask_the_target.front.adapters import ADAPTERS, DROPOUT, RANK, check_name, check_parts
 from mask_the_target.front.rivals import METHOD_HELP, METHODS, STRENGTH_HELP, check_settings
@@ -43,6 +44,21 @@ class TMKLArguments:
     )
     tmkl_context_tokens: int | None = field(
         default=None, metadata={"help": "At most so many of them a step, sampled; default: all."}
+    )
+    anchors: str = field(
+        default="none",
+        metadata={
+            "help": "Sequences without a target, added to each batch for tmkl_context_weight to act on; not in the "
+            "paper. auto: the base writes them before training. Or a file: what mtt anchors wrote, or rows of your own."
+        },
+    )
+    anchor_share: float = field(default=0.25, metadata={"help": "The share of a batch's tokens that are anchors."})
+    max_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "The KL at context positions to keep to, nats per token: the weight follows, beginning with "
+            "tmkl_context_weight. Default: a fixed weight."
+        },
     )
     base: Literal["auto", "off", "initial", "cached"] = field(
         default="auto",
@@ -81,6 +97,13 @@ class TMKLArguments:
         """`base=` of the callback. Raises ValueError with a sentence on a bad value."""
         cached = CachedBase(folder=self.cache_folder, limit_gib=self.cache_limit_gib, dtype=self.cache_dtype)
         return cached if self.base == "cached" else self.base
+
+    def callback(self) -> TMKLCallback:
+        """For `method: tmkl`. Raises ValueError with a sentence on a bad value."""
+        anchors = None
+        if self.anchors != "none":
+            anchors = Anchors("auto" if self.anchors == "auto" else Path(self.anchors), share=self.anchor_share)
+        return TMKLCallback(self.options(), base=self.base_choice(), anchors=anchors, max_drift=self.max_drift)
 
     def options(self) -> TMKL:
         """The same as a `TMKL`. Raises ValueError with a sentence on a bad value."""
@@ -238,8 +261,9 @@ def _check_settings(settings: Settings) -> None:
     training, model, script, tmkl = settings.training, settings.model, settings.script, settings.tmkl
     check_name(tmkl.method, METHODS, "method")
     check_settings(settings)
-    tmkl.options()
-    tmkl.base_choice()
+    tmkl.callback()
+    if tmkl.method != "tmkl" and (tmkl.anchors != "none" or tmkl.max_drift is not None):
+        raise ValueError(f"anchors and max_drift are parts of TMKL, and method is {tmkl.method!r}. Set method: tmkl.")
     if tmkl.drift_rows < 0:
         raise ValueError(f"drift_rows is {tmkl.drift_rows}; it is a number of rows, 0 for none.")
     if not model.use_peft:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mask_the_target.front.data import Data
     from mask_the_target.front.options import Settings
 
+BEYOND = ("anchors", "anchor_share", "max_drift")  # of the objective too; the paper has none of them
 PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm-eval")
 
 
@@ -51,7 +52,9 @@ def _method(arguments: Any) -> dict[str, Any]:
     """The objective alone: where hidden states are kept doesn't change it, so a run may go on with or without."""
     base = "auto" if arguments.base == "cached" else arguments.base
     if arguments.method == "tmkl":
-        fields = {name: value for name, value in asdict(arguments).items() if name.startswith("tmkl_")}
+        fields = {
+            name: value for name, value in asdict(arguments).items() if name.startswith("tmkl_") or name in BEYOND
+        }
         return {"method": "tmkl", **fields, "base": base}
     rival = RIVALS.get(arguments.method)
     found: dict[str, Any] = {"method": arguments.method}
@@ -86,7 +89,10 @@ def new_record(settings: Settings, data: Data) -> dict[str, Any]:
     }
 
 
-FIGURES = ("loss", "ce", "kl", "full_kl", "penalty", "blocked", "eval_loss", "train_runtime")
+FIGURES = (
+    *("loss", "ce", "kl", "full_kl", "context_kl", "context_weight", "held_out_kl", "held_out_full_kl"),
+    *("penalty", "blocked", "eval_loss", "train_runtime"),
+)
 
 
 def last_figures(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -162,7 +168,11 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
             method = {f"rival_weight ({rival.strength})": method.pop("rival_weight"), **method}
     else:
         name, source = "plain cross-entropy", f"The plain baseline of {PAPER}, {LINK}."
-    options = _listed((key.removeprefix("tmkl_"), value) for key, value in method.items())
+    options = _listed(
+        (key.removeprefix("tmkl_"), value) for key, value in method.items() if value not in (None, "none")
+    )
+    if method.get("anchors", "none") not in ("none", "auto"):
+        options += " (the anchors are a file's, so this is replay of what it holds)"
     figures = _listed((key, f"{value:.4g}") for key, value in record["metrics"].items() if key != "train_runtime")
     return CARD.format(
         hub=f"base_model: {base}\n" if on_hub else "",

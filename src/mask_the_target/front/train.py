@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mask_the_target import TMKLCallback, attach
+from mask_the_target import attach
 from mask_the_target.front import rival_losses
 from mask_the_target.front.adapters import (
     AdaLoraSteps,
@@ -176,7 +176,7 @@ def run(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
     stop = StopOnSignal()
     ours: list[TrainerCallback] = [*callbacks, stop]
     if settings.tmkl.method == "tmkl":
-        ours.append(TMKLCallback(settings.tmkl.options(), base=settings.tmkl.base_choice()))
+        ours.append(settings.tmkl.callback())
     ours += rival_losses.callbacks(settings.tmkl)
     if data.drift:
         ours.append(LogDrift(data.drift))

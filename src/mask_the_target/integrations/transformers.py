@@ -8,9 +8,13 @@ optimiser step proves that the loss which the trainer backpropagates is ours, or
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +22,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from mask_the_target.anchors import AnchorCollator, Anchors
 from mask_the_target.attach import Attachment, Totals, attach, attachment_of, cache_of, unwrap
 from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_base
 from mask_the_target.base_cache import BaseCache
+from mask_the_target.budget import DriftBudget
 from mask_the_target.cache import CachedBase
 from mask_the_target.integrations import trl
 from mask_the_target.objective import IGNORE_INDEX, TMKL
@@ -35,13 +41,19 @@ class TMKLCallback(TrainerCallback):
             separate frozen model, see :func:`~mask_the_target.attach`.
         full_kl: also measure and log the full-vocabulary KL as ``full_kl``. The KL at context positions is logged as
             ``context_kl``, where ``options`` have a ``context_weight``.
+        anchors: sequences without a target that are added to each training batch, for ``context_weight`` to act on:
+            ``"auto"`` (the base writes them before training) or :class:`~mask_the_target.anchors.Anchors`.
+        max_drift: the KL at context positions to keep to, nats per token, instead of a fixed ``context_weight``, which
+            is then what the weight begins with. It is logged as ``context_weight``, kept in checkpoints, and the same
+            on every rank; a budget that was not met is said at the end. See :mod:`~mask_the_target.budget`.
 
     The model is detached when training ends. An interrupted ``train()`` leaves it attached; the next one takes over,
     and ``mask_the_target.detach(model)`` gives the model back.
 
     Raises:
-        ValueError: when the trainer is built, for what :func:`~mask_the_target.attach` refuses and for
-            ``label_smoothing_factor``, ``loss_type="dft"`` and ``nn.DataParallel``.
+        ValueError: at once for anchors or a budget without a ``context_weight``; when the trainer is built, for what
+            :func:`~mask_the_target.attach` refuses and for ``label_smoothing_factor``, ``loss_type="dft"``,
+            ``nn.DataParallel`` and anchors that can't be had.
         RuntimeError: in the first step (which is logged for that), when the loss that the trainer backpropagates is not
             ours; later, when a training forward comes without labels or bypasses ours.
     """
@@ -52,9 +64,21 @@ class TMKLCallback(TrainerCallback):
         base: BaseChoice | Literal["cached"] | CachedBase | nn.Module = "auto",
         *,
         full_kl: bool = False,
+        anchors: Literal["auto"] | Anchors | None = None,
+        max_drift: float | None = None,
     ) -> None:
         if not isinstance(options, TMKL):
             raise ValueError(f"TMKLCallback takes the options as TMKL(...), got {type(options).__name__}.")
+        for name, given in (("anchors", anchors), ("max_drift", max_drift)):
+            if given is not None and not options.context_weight:
+                raise ValueError(
+                    f"{name}={given!r} without a context_weight has no effect: it is the weight of the KL there. Set "
+                    "TMKL(context_weight=1.0)."
+                )
+        self._anchors = Anchors() if anchors == "auto" else anchors
+        self._anchor_tokens = 0
+        self._budget = None if max_drift is None else DriftBudget(max_drift, options.context_weight)
+        self._spent = (0.0, 0.0)
         self.options = options
         self.full_kl = full_kl
         self._choice, self._cached = cache_of(base)
@@ -84,6 +108,35 @@ class TMKLCallback(TrainerCallback):
         if model is not None:
             inner, configs = unwrap(model)
             self._base = resolve_base(inner, self._choice, configs=configs)
+        if self._anchors is not None:
+            self._add_anchors(self._anchors, args, kwargs.get("processing_class"))
+
+    def _add_anchors(self, anchors: Anchors, args: TrainingArguments, processing_class: Any) -> None:
+        trainer = _calling_trainer()
+        if self._base is None or trainer is None or processing_class is None:
+            raise ValueError(
+                "anchors need the model and its tokenizer when the trainer is built, and a trainer that builds its own "
+                "data loader. Give the trainer model= and processing_class=; in a loop of your own, use AnchorCollator."
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        with args.main_process_first(desc="writing anchors"):
+            sequences = anchors.sequences(self._base, tokenizer, Path(args.output_dir or "."))
+        self._anchor_tokens = sum(len(ids) - 1 for ids in sequences)
+        inner = trainer.get_train_dataloader
+
+        def get_train_dataloader() -> Any:
+            own = trainer.data_collator
+            trainer.data_collator = AnchorCollator(own, sequences, anchors.share, anchors.seed)
+            try:
+                return inner()
+            finally:
+                trainer.data_collator = own
+
+        trainer.get_train_dataloader = get_train_dataloader
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._budget is not None and state.is_world_process_zero:
+            _budget_file(args, state).write_text(json.dumps(asdict(self._budget)), encoding="utf-8")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,18 +159,25 @@ class TMKLCallback(TrainerCallback):
         cache = None
         if self._cached is not None:
             expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
+            if expected is not None:
+                expected += self._anchor_tokens
             cache = BaseCache(self._cached, self._base, expected)
         self._attachment = attach(model, self.options, base=self._base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
         self._factors, self._backpropagated, self._steps = [], 0.0, 0
         self._attachment.on_backward = self._note_backward
+        if self._budget is not None:
+            self._budget = _resumed(self._budget, args, state)
+            self._attachment.context_weight, self._spent = self._budget.weight, (0.0, 0.0)
         if self.options.context_weight:
             self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._budget is not None and self._budget.missed:
+            warnings.warn(self._budget.missed, stacklevel=2)
         self._release()
 
     def _release(self) -> None:
@@ -136,9 +196,17 @@ class TMKLCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
+        if self._attachment is not None and self._budget is not None:
+            self._attachment.context_weight = self._budget.update(self._step_kl(self._attachment.totals))
         if self._attachment is not None and self._attachment.on_backward is not None and self._steps == 1:
             # The value of the loss is proved at the first log: make it this step's, before there is much to lose.
             control.should_log = control.should_log or args.logging_strategy != "no"
+
+    def _step_kl(self, totals: Totals) -> float:
+        """The mean KL of the step's context positions, over all ranks. It waits for the device."""
+        *_, kl, positions, _, _ = _sum_over_ranks(totals, 0.0)
+        before, self._spent = self._spent, (kl, positions)
+        return (kl - before[0]) / max(1.0, positions - before[1])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,6 +245,7 @@ class TMKLCallback(TrainerCallback):
         if self._attachment is None or logs is None or "loss" not in logs or self._attachment.totals.forwards == 0:
             return
         totals, self._attachment.totals = self._attachment.totals, Totals()
+        self._spent = (0.0, 0.0)
         *sums, backpropagated, ranks = _sum_over_ranks(totals, self._backpropagated)
         ce, kl, full_kl, supervised, excluded, context_kl, context = sums
         metrics = {"ce": ce / max(1.0, supervised), "kl": kl / max(1.0, supervised)}
@@ -186,6 +255,8 @@ class TMKLCallback(TrainerCallback):
             metrics["excluded"] = excluded / max(1.0, supervised)
         if self.options.context_weight:
             metrics["context_kl"] = context_kl / max(1.0, context)
+        if self._budget is not None:
+            metrics["context_weight"] = self._attachment.context_weight
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
@@ -198,6 +269,22 @@ class TMKLCallback(TrainerCallback):
         self._backpropagated = self._backpropagated + (losses * factors).sum()
         if self._factors is not None:
             self._factors.append(factors)
+
+
+def _budget_file(args: TrainingArguments, state: TrainerState) -> Path:
+    # Not in trainer_state.json: what is an ExportableState there is built anew, without our options, on restoring.
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / "drift_budget.json"
+
+
+def _resumed(budget: DriftBudget, args: TrainingArguments, state: TrainerState) -> DriftBudget:
+    """The budget as it was at the checkpoint that the trainer goes on from, with the limit that is asked for now."""
+    if not state.global_step:
+        return budget
+    file = _budget_file(args, state)
+    if not file.is_file():
+        warnings.warn(f"max_drift: there is no {file}, so the weight begins again at {budget.weight:g}.", stacklevel=2)
+        return budget
+    return replace(DriftBudget(**json.loads(file.read_text(encoding="utf-8"))), max_drift=budget.max_drift)
 
 
 def supervised_tokens(dataloader: Any, args: TrainingArguments, *, context: bool = False) -> int | None:

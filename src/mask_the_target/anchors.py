@@ -1,0 +1,328 @@
+"""Anchors that the base writes itself, for data without prompts and for more than prompts: short sequences without a
+target, at whose positions the full KL of ``context_weight`` holds the model in place. No data but the user's own.
+
+Not in the paper. An aligned model writes the user's turn too when it is given its template with that turn left open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mask_the_target.base import Base
+from mask_the_target.head import evaluating
+from mask_the_target.objective import IGNORE_INDEX
+
+QUESTION_TOKENS = 32  # of a user's turn
+ROUNDS = 4  # times as many sequences are written, at most, until there are enough different ones
+REMEDY = "Use a collator that keeps the rows' labels (TRL's, or DataCollatorForSeq2Seq), with labels in the data."
+_OPEN = "\ue000"  # stands where the user's turn is left open
+# What a row of tokenised data may hold, and what an anchor has there.
+_FEATURES: dict[str, Callable[[list[int]], list[int]]] = {
+    "input_ids": list,
+    "labels": lambda ids: [IGNORE_INDEX] * len(ids),
+    "attention_mask": lambda ids: [1] * len(ids),
+    "completion_mask": lambda ids: [0] * len(ids),
+    "assistant_masks": lambda ids: [0] * len(ids),
+    "position_ids": lambda ids: list(range(len(ids))),
+    "seq_lengths": lambda ids: [len(ids)],
+}
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Sequences that are added to each training batch; they have no target, so only ``context_weight`` acts on them.
+
+    Attributes:
+        source: ``"auto"``: the base writes them before training, into the run's folder (``anchors-*.jsonl``), where a
+            resumed run finds them. Or a file of JSON Lines: what ``mtt anchors`` wrote, or rows with ``text``,
+            ``messages`` or ``prompt`` and ``completion``. With data of your own it is replay, and no longer free of it.
+        share: of a batch's tokens that are anchors, on average, in (0, 1).
+        count: how many ``"auto"`` writes.
+        length: tokens of each, at most, a user's turn not counted.
+        seed: of what is written, and of which are added to which batch.
+    """
+
+    source: str | Path = "auto"
+    share: float = 0.25
+    count: int = 512
+    length: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"Anchors: share={self.share} must lie between 0 and 1: it is a part of a batch's tokens.")
+        for name in ("count", "length"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"Anchors: {name}={getattr(self, name)} must be at least 2.")
+        if self.source != "auto" and not Path(self.source).is_file():
+            raise ValueError(
+                f"Anchors: there is no file {str(self.source)!r}. Write one with mtt anchors, or use 'auto'."
+            )
+
+    def sequences(self, base: Base, tokenizer: Any, folder: Path) -> list[list[int]]:
+        """Token ids of each; ``"auto"`` writes what ``folder`` doesn't hold yet for this base and these settings.
+
+        Raises ValueError for a file that holds none, or a base that writes too few.
+        """
+        if self.source != "auto":
+            return load_anchors(Path(self.source), tokenizer)
+        config: Any = getattr(base.model, "config", None)
+        told = [getattr(config, "name_or_path", ""), self.count, self.length, self.seed]
+        file = folder / f"anchors-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:10]}.jsonl"
+        if not file.exists():
+            rows = write_anchors(
+                base.model, tokenizer, self.count, length=self.length, seed=self.seed, context=base.context
+            )
+            save_anchors(rows, file)
+        return load_anchors(file, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_anchors(
+    model: nn.Module,
+    tokenizer: Any,
+    count: int = 512,
+    *,
+    length: int = 64,
+    temperatures: Sequence[float] = (0.7, 1.0),
+    seed: int = 0,
+    batch_size: int = 64,
+    context: Callable[[], Any] = nullcontext,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Short sequences sampled from a model as it stands, all different: what anchors are.
+
+    Half of them begin with the chat template and an open user's turn, which the model writes, and then answers; the
+    others, or all where there is no template, with what begins a text. The temperatures take turns.
+
+    Args:
+        model: a causal LM that can ``generate``; within ``context()`` it must be the base.
+        length: tokens at most, of an answer or a text; a user's turn has at most 32.
+        batch_size: sequences that are written at a time.
+
+    Returns:
+        Rows ``{"text", "start": "chat" or "text", "temperature"}``; ``text`` holds the special tokens. Fewer than
+        ``count`` where the model repeats itself too much.
+    """
+    turn = _open_turn(tokenizer)
+    starts = ["chat", "text"] if turn is not None else ["text"]
+    written: dict[str, dict[str, Any]] = {}
+    devices = [next(model.parameters()).device] if next(model.parameters()).device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        evaluating(model),
+        context(),
+        tqdm(total=count, desc="anchors", unit="sequence", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for batch in range(ROUNDS * -(-count // batch_size)):
+            kinds = [(start, temperature) for temperature in temperatures for start in starts]
+            start, temperature = kinds[batch % len(kinds)]
+            size = max(1, min(batch_size, -(-count // len(kinds))))
+            sample = _Sampler(model, tokenizer, temperature)
+            texts = sample.chats(turn, size, length) if start == "chat" and turn else sample.texts(size, length)
+            for text in texts:
+                if len(written) < count and text not in written:
+                    written[text] = {"text": text, "start": start, "temperature": temperature}
+                    bar.update()
+            if len(written) == count:
+                break
+    return list(written.values())
+
+
+def _open_turn(tokenizer: Any) -> str | None:
+    """The chat template up to where a user writes; None without a template, or where it can't be told."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": _OPEN}], tokenize=False)
+    return whole[: whole.index(_OPEN)] if whole.count(_OPEN) == 1 else None
+
+
+@dataclass
+class _Sampler:
+    model: Any
+    tokenizer: Any
+    temperature: float
+
+    def texts(self, size: int, length: int) -> list[str]:
+        tokenizer = self.tokenizer
+        start = next(
+            (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), None
+        )
+        if start is None:
+            raise ValueError("anchors: the tokenizer has no token that begins a text (bos, eos or pad). Give a file.")
+        ids = [[start, *answer] for answer in self._continue([[start]] * size, length)]
+        return [tokenizer.decode(row) for row in ids if len(row) > 2]
+
+    def chats(self, turn: str, size: int, length: int) -> list[str]:
+        tokenizer = self.tokenizer
+        opened = tokenizer(turn, add_special_tokens=False)["input_ids"]
+        turns = self._continue([opened] * size, QUESTION_TOKENS)
+        questions = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in turns]
+        asked = [[{"role": "user", "content": question}] for question in questions if question]
+        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in asked]
+        if not prompts:
+            return []
+        answers = self._continue([tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts], length)
+        found = []
+        for chat, row in zip(asked, answers, strict=True):
+            answer = {"role": "assistant", "content": tokenizer.decode(row, skip_special_tokens=True).strip()}
+            found.append(tokenizer.apply_chat_template([*chat, answer], tokenize=False))
+        return found
+
+    def _continue(self, prompts: list[list[int]], length: int) -> list[list[int]]:
+        """New tokens of each prompt, up to the end token and without it."""
+        from transformers import GenerationConfig
+
+        tokenizer, model = self.tokenizer, self.model
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
+        pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        longest, device = max(map(len, prompts)), next(model.parameters()).device
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=device)
+        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+        sampling = GenerationConfig(  # nothing of the model's own: its top-p or penalties would change what it writes
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length,
+            pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
+        )
+        rows = model.generate(input_ids=ids, attention_mask=real, generation_config=sampling)[:, longest:].tolist()
+        return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def save_anchors(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """As JSON Lines, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(file)
+
+
+def load_anchors(file: Path, tokenizer: Any, max_length: int = 512) -> list[list[int]]:
+    """Token ids of each row of a file, cut to ``max_length``; see :class:`Anchors` for what it may hold.
+
+    Raises ValueError that names the line, if a row holds nothing that can be an anchor.
+    """
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not a line of JSON ({error}).") from error
+        text, special = _text_of(row, tokenizer, f"{file}, line {number}")
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"][:max_length]
+        if len(ids) > 1:  # the last token predicts nothing
+            found.append(ids)
+    if not found:
+        raise ValueError(f"{file} holds no sequence of at least two tokens, so there is nothing to anchor to.")
+    return found
+
+
+def _text_of(row: Any, tokenizer: Any, where: str) -> tuple[str, bool]:
+    """A row's text, and whether the tokenizer's own special tokens are to be added."""
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("text"), str):
+        return row["text"], "start" not in row  # ours holds them already
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return row["prompt"] + row["completion"], True
+    parts = [row.get(key) for key in ("messages", "prompt", "completion")]
+    messages = [message for part in parts if isinstance(part, list) for message in part]
+    if not messages:
+        raise ValueError(
+            f"{where}: an anchor needs 'text', 'messages', or 'prompt' and 'completion'. Found: {row!r:.80}"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False), False
+
+
+# ------------------------------------------------------------------------------------------------------------ mixing
+
+
+@dataclass
+class AnchorCollator:
+    """A collator that adds anchors to each batch before ``collator`` pads or flattens it.
+
+    Which anchors a batch gets depends on the batch and the seed alone, so a resumed run gets the same, in any number of
+    loader processes.
+
+    Args:
+        collator: makes tensors of a list of tokenised rows, with ``labels`` among them.
+        anchors: token ids of each.
+        share: of the batch's tokens that are anchors, on average.
+
+    Raises:
+        ValueError: in the first batch, if its rows hold something that an anchor can't have (pixels), or if the
+            collator makes targets of the anchors.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    anchors: Sequence[list[int]]
+    share: float = 0.25
+    seed: int = 0
+    _checked: bool = field(default=False, init=False, repr=False)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        unknown = [name for name in rows[0] if name not in _FEATURES]
+        if unknown:
+            raise ValueError(
+                f"anchors can't be added to these batches: their rows hold {', '.join(unknown)}, which an anchor of "
+                "text alone hasn't got. Train without anchors; context_weight holds the prompts."
+            )
+        without_labels = not {"labels", "completion_mask", "assistant_masks"} & set(rows[0])
+        if without_labels:
+            rows = [{**row, "labels": list(row["input_ids"])} for row in rows]  # what TRL takes them to be
+        added = [{name: _FEATURES[name](ids) for name in rows[0]} for ids in self._chosen(rows)]
+        try:
+            batch = self.collator([*rows, *added])
+        except ValueError as error:
+            if not without_labels:
+                raise
+            raise ValueError(
+                f"the collator can't pad labels, which anchors need, so that they are not learned ({error}). {REMEDY}"
+            ) from error
+        if not self._checked:
+            self._check(batch, self.collator(list(rows)))
+            self._checked = True
+        return batch
+
+    def _chosen(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        tokens = [list(map(int, row["input_ids"])) for row in rows]
+        digest = hashlib.sha256(json.dumps([self.seed, tokens]).encode()).hexdigest()
+        generator = random.Random(digest)
+        wanted = sum(map(len, tokens)) * self.share / (1 - self.share)
+        chosen: list[list[int]] = []
+        while True:
+            ids = self.anchors[generator.randrange(len(self.anchors))]
+            left = wanted - sum(map(len, chosen))
+            if generator.random() * len(ids) >= left:  # a last one with the chance that makes the average right
+                return chosen
+            chosen.append(ids)
+
+    @staticmethod
+    def _check(batch: Mapping[str, Any], without: Mapping[str, Any]) -> None:
+        found, expected = ((part["labels"] != IGNORE_INDEX).sum().item() for part in (batch, without))
+        if found != expected:
+            raise ValueError(
+                f"the collator makes {found - expected} targets of the anchors' tokens: it builds labels from "
+                "input_ids, so that they would be learned. "
+                f"{REMEDY}"
+            )
