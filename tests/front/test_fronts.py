@@ -14,7 +14,17 @@ pytest.importorskip("optuna")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mask_the_target.front.fronts import Box, Point, compare, front, hypervolume, interval, points_of, share_learned
+from mask_the_target.front.fronts import (
+    Box,
+    Point,
+    by_score,
+    compare,
+    front,
+    hypervolume,
+    interval,
+    points_of,
+    share_learned,
+)
 
 # Whole numbers have ties, and cells of size 1 that can be counted.
 GRID = 12
@@ -128,3 +138,28 @@ def test_compare_says_which_method_is_missing() -> None:
         compare([result("ce", 0, (2.0, 0.4))], against=["full_kl"])
     with pytest.raises(ValueError, match="no measured result of the method 'ce'"):
         compare([result("ce", 0, status="failed")])
+
+
+def test_by_score_takes_the_share_of_the_bases_score_that_is_gone() -> None:
+    """Worked out by hand: 0.5 of the base's facts; 0.4 and 0.25 left are a fifth and a half gone."""
+
+    def scored(method: str, *states: tuple[float, float | None]) -> dict[str, Any]:
+        found = result(method, 0, *((loss, 9.0) for loss, _ in states))
+        found["base"]["facts"] = {"greedy": 0.5, "logprob": 0.0}
+        for point, (_, score) in zip(found["points"], states, strict=True):
+            point["probes"] = {"facts": {"greedy": score, "logprob": 0.0}} if score is not None else {}
+        return found
+
+    results = [scored("ce", (2.0, 0.25), (1.5, None), (3.0, 0.4)), scored("tmkl", (2.5, 0.5), (2.0, 0.55))]
+    found = by_score(results, "facts", "greedy")
+    assert [(p["learned"], pytest.approx(p["rise"])) for r in found for p in r["points"]] == [
+        *((2.0, 0.5), (3.0, 0.2), (2.5, 0.0), (2.0, -0.1)),
+    ]
+    assert results[0]["points"][0]["rise"] == 9.0  # the results themselves stay
+    figures = compare(found)["r"]
+    assert figures["box"] == Box(base_loss=4.0, best_loss=2.0, worst_rise=0.5)
+    # ce: the corner (3.0, 0.2) covers (4-3) x (0.5-0.2) of 2 x 0.5; tmkl: all, and a fifth of the height beyond.
+    assert figures["methods"]["ce"]["hypervolume"]["mean"] == pytest.approx(0.3)
+    assert figures["methods"]["tmkl"]["hypervolume"]["mean"] == pytest.approx(1.2)
+    assert by_score(results, "facts", "logprob") == []  # a base of nothing has no share to lose
+    assert by_score(results, "instructions", "followed") == []

@@ -28,7 +28,7 @@ from test_report import Page
 
 from mask_the_target.cli import main
 from mask_the_target.front import plots, study_report
-from mask_the_target.front.fronts import compare
+from mask_the_target.front.fronts import by_score, compare
 from mask_the_target.front.plots import Dot, Fronts, Style
 from mask_the_target.front.results import Recipe, read_results
 from mask_the_target.front.study_report import write_report
@@ -208,6 +208,19 @@ def test_everything_measured_at_the_end_stands_beside_the_base(tmp_path: Path) -
     ends = [result["points"][2]["probes"] for result in results if result["method"] == "ce"][:2]
     for heading, probe, metric in (("KL, masked", "drift", "masked_kl"), ("KL, full", "drift", "full_kl")):
         assert ce[heading] == f"{statistics.fmean(end[probe][metric] for end in ends):.3f}"
+
+
+def test_fronts_of_scores_are_those_of_compare(whole: tuple[Path, list[dict[str, Any]]], tables: Tables) -> None:
+    rows = {row["method"]: row for row in tables.table("arpabet", "Fronts of facts and instructions")}
+    here = [result for result in whole[1] if result["recipe"] == "arpabet"]
+    figures = compare(by_score(here, "facts", "greedy"))["arpabet"]["methods"]
+    assert list(rows) == list(figures)
+    for method, found in figures.items():
+        assert rows[method]["facts: hypervolume"] == words(found["hypervolume"])
+        assert rows[method]["facts: learned, losing ≤ 5%"] == words(found["learned_within"][0.05], "{:.1f}%", 100)
+        less = "–" if method == "ce" else words(found["against"]["ce"], "{:+.3f}")
+        assert rows[method]["facts: less ce's"] == less
+    assert not any(heading.startswith("instr.") for heading in rows["ce"])
 
 
 def test_distance_and_forgetting(whole: tuple[Path, list[dict[str, Any]]], tables: Tables) -> None:

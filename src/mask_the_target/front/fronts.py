@@ -64,6 +64,22 @@ def points_of(results: Iterable[Mapping[str, Any]]) -> list[Point]:
     ]
 
 
+def by_score(results: Iterable[Mapping[str, Any]], probe: str, metric: str) -> list[dict[str, Any]]:
+    """The results with another measure of what was lost: for `rise`, the share of the base's score that is gone.
+
+    That is 1 - score / base's score, for a metric of a probe of which higher is better. Points at which the probe was
+    not measured are left out, and results without it.
+    """
+    found = []
+    for result in results:
+        base = result.get("base", {}).get(probe, {}).get(metric)
+        if base:
+            scores = [(point, point.get("probes", {}).get(probe, {}).get(metric)) for point in result["points"]]
+            points = [{**point, "rise": 1 - score / base} for point, score in scores if score is not None]
+            found.append({**result, "points": points})
+    return found
+
+
 def front(points: Iterable[Point]) -> list[Point]:
     """The points that no other dominates (as low in both, lower in one), from most learned to most kept.
 
@@ -90,7 +106,8 @@ def hypervolume(points: Sequence[Point], box: Box) -> float:
 
 
 def share_learned(points: Iterable[Point], box: Box, tolerance: float) -> float:
-    """The share of plain CE's best learning among points whose text perplexity is at most 1 + tolerance of the base's.
+    """The share of plain CE's best learning among points whose text perplexity is at most 1 + tolerance of the base's
+    (of a score, see `by_score`: that lost about this share of it).
 
     At least 0: the base itself loses nothing. NaN if plain CE learned nothing.
     """

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mask_the_target.front.fronts import Box, compare, front, points_of
+from mask_the_target.front.fronts import Box, by_score, compare, front, points_of
 
 Result = dict[str, Any]
 PLAIN = "ce"  # the name of the method that the others are compared with
@@ -159,6 +159,11 @@ class Recipe:
             for method in self.methods
         }
         return {"box": None, "methods": alone}
+
+    def by_score(self, probe: str, metric: str) -> Recipe | None:
+        """The same where what is lost is a score's (see `fronts.by_score`); None if plain CE's wasn't measured."""
+        found = Recipe(self.name, by_score(self.results, probe, metric))
+        return found if found.measured(PLAIN) else None
 
     @property
     def box(self) -> Box | None:

@@ -132,6 +132,31 @@ def figures_table(recipe: Recipe) -> Table:
     return Table.of(columns)
 
 
+SCORES = {("facts", "greedy"): "facts", ("facts", "logprob"): "facts, log-prob", ("instructions", "followed"): "instr."}
+
+
+def scores_table(recipe: Recipe) -> Table:
+    """Fronts where what was lost is a score of another kind than text: one row for each method that has any."""
+    found = {words: other for key, words in SCORES.items() if (other := recipe.by_score(*key)) is not None}
+    methods = unique(name for other in found.values() for name in other.methods if other.measured(name))
+    columns: list[tuple[Column, list[str]]] = [(METHOD, methods)]
+    for words, other in found.items():
+        rows = [other.figures.get(name) for name in methods]
+        meaning = "Hypervolume of the fronts on which what was lost is the share of the base's score on this probe."
+        areas = [NONE if row is None else _interval(row["hypervolume"]) for row in rows]
+        columns.append((Column(f"{words}: hypervolume", meaning, "higher"), areas))
+        meaning = f"Hypervolume less that of {PLAIN} at the same seed, mean over seeds and bootstrap 95% interval."
+        less = [
+            NONE if row is None or name == PLAIN else _interval(row["against"][PLAIN], sign=True)
+            for name, row in zip(methods, rows, strict=True)
+        ]
+        columns.append((Column(f"{words}: less {PLAIN}'s", meaning, "higher"), less))
+        meaning = "The share of plain CE's best learning that is reached with at most 5% of the base's score gone."
+        within = [NONE if row is None else _interval(row["learned_within"][0.05], _share) for row in rows]
+        columns.append((Column(f"{words}: learned, losing ≤ 5%", meaning, "higher"), within))
+    return Table.of(columns)
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.fmean(known) if known else None
@@ -576,6 +601,13 @@ more perplexity than the base's.</p>
 <details><summary>The {{ "one point" if count == 1 else count ~ " points" }} of the fronts</summary>
 {{ numbers(recipe.on_front) }}</details>
 {% endif %}
+{% if recipe.scores.rows %}
+<h3>Fronts of facts and instructions</h3>
+<p class="dim">The same fronts where what was lost is not text loss but the share of the base's score that is gone: text
+alone can mislead. Only states count at which the probe was measured{% if recipe.at_end %}, here the ends of the runs at
+each scale, so no early stop is among them{% endif %}.</p>
+{{ numbers(recipe.scores) }}
+{% endif %}
 {% if recipe.paper.rows %}
 <h3>As the paper sums it up: each run at its end</h3>
 <p class="dim">Drift is the relative rise of perplexity on text that was to be kept; prevented is the share of plain
@@ -741,6 +773,10 @@ def to_html(title: str, recipes: Sequence[Recipe], styles: Mapping[str, Style], 
             "has_plain": box is not None,
             "figures": figures_table(recipe),
             "on_front": front_table(recipe),
+            "scores": scores_table(recipe),
+            "at_end": any(
+                probe in ("facts", "instructions") for r in recipe.results for probe in r.get("probes_at_end", [])
+            ),
             "paper": paper_table(recipe),
             "probes": probes_table(recipe),
             "samples": samples(recipe),
