@@ -29,6 +29,7 @@ from mask_the_target.base_cache import BaseCache
 from mask_the_target.budget import DriftBudget
 from mask_the_target.cache import CachedBase
 from mask_the_target.integrations import trl
+from mask_the_target.integrations.first_step import FirstStep
 from mask_the_target.objective import IGNORE_INDEX, TMKL
 
 
@@ -77,6 +78,7 @@ class TMKLCallback(TrainerCallback):
                 )
         self._anchors = Anchors() if anchors == "auto" else anchors
         self._anchor_tokens = 0
+        self.max_drift = max_drift
         self._budget = None if max_drift is None else DriftBudget(max_drift, options.context_weight)
         self._spent = (0.0, 0.0)
         self.options = options
@@ -84,10 +86,9 @@ class TMKLCallback(TrainerCallback):
         self._choice, self._cached = cache_of(base)
         self._base: Base | None = None
         self._attachment: Attachment | None = None
-        # The proof that the trainer backpropagates our loss: each backward's factors, until the first optimiser step;
-        # and the value that they give, until the first log.
-        self._factors: list[Tensor] | None = []
-        self._backpropagated: Tensor | float = 0.0
+        # The proof that the trainer backpropagates our loss: at the first optimiser step, and by its value at the
+        # first log.
+        self._first_step: FirstStep | None = None
         self._value_known = True
         self._steps = 0
         self._stop_counting: Callable[[], None] | None = None
@@ -165,10 +166,9 @@ class TMKLCallback(TrainerCallback):
         self._attachment = attach(model, self.options, base=self._base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
-        self._factors, self._backpropagated, self._steps = [], 0.0, 0
-        self._attachment.on_backward = self._note_backward
-        if self._budget is not None:
-            self._budget = _resumed(self._budget, args, state)
+        self._first_step, self._steps = FirstStep(self._attachment), 0
+        if self.max_drift is not None:
+            self._budget = _resumed(DriftBudget(self.max_drift, self.options.context_weight), args, state)
             self._attachment.context_weight, self._spent = self._budget.weight, (0.0, 0.0)
         if self.options.context_weight:
             self._stop_counting = _count_context(_calling_trainer(), self._attachment)
@@ -211,28 +211,8 @@ class TMKLCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._factors is None or self._attachment is None:
-            return
-        forwards, backwards = self._attachment.totals.forwards, len(self._factors)
-        if forwards == 0:
-            raise RuntimeError(
-                "the first step's loss did not come from the model's forward, so TMKL is not in it: the trainer (or "
-                "something patched into it) computes its loss on its own. Nothing was trained. This version of the "
-                "trainer is not supported with these settings."
-            )
-        if backwards < forwards:
-            raise RuntimeError(
-                f"the model's forward computed TMKL's loss {forwards} times in the first step, but the trainer "
-                f"backpropagated it {backwards} times: it trains on another loss. Nothing was trained."
-            )
-        for factors in self._factors:
-            if factors.numel() and not (factors.min() > 0 and torch.allclose(factors, factors[:1])):
-                raise RuntimeError(
-                    "the trainer weights the positions' losses one by one (factors from "
-                    f"{float(factors.min()):.3g} to {float(factors.max()):.3g}), so it trains on another loss than "
-                    "TMKL's. Nothing was trained. Turn token weighting off (loss_type='nll')."
-                )
-        self._factors = None
+        if self._first_step is not None:
+            self._first_step.check()
 
     def on_log(
         self,
@@ -246,7 +226,8 @@ class TMKLCallback(TrainerCallback):
             return
         totals, self._attachment.totals = self._attachment.totals, Totals()
         self._spent = (0.0, 0.0)
-        *sums, backpropagated, ranks = _sum_over_ranks(totals, self._backpropagated)
+        proof = self._first_step
+        *sums, backpropagated, ranks = _sum_over_ranks(totals, 0.0 if proof is None else proof.backpropagated)
         ce, kl, full_kl, supervised, excluded, context_kl, context = sums
         metrics = {"ce": ce / max(1.0, supervised), "kl": kl / max(1.0, supervised)}
         if self.full_kl:
@@ -261,14 +242,9 @@ class TMKLCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
         if self._attachment.on_backward is not None and self._steps:
-            self._attachment.on_backward = None
+            self._attachment.on_backward = self._first_step = None
             if self._value_known and not self._attachment.has_aux_loss:
                 _check_logged(float(logs["loss"]), backpropagated / ranks / self._steps, self._steps)
-
-    def _note_backward(self, losses: Tensor, factors: Tensor) -> None:
-        self._backpropagated = self._backpropagated + (losses * factors).sum()
-        if self._factors is not None:
-            self._factors.append(factors)
 
 
 def _budget_file(args: TrainingArguments, state: TrainerState) -> Path:
