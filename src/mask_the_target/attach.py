@@ -280,7 +280,8 @@ class Attachment:
                 if not unlabelled:
                     self._inactive(
                         "a forward with labels and gradients ran in eval mode, where the loss is plain cross-entropy "
-                        "without TMKL. To train, call model.train() first; to evaluate, use torch.no_grad()."
+                        "without TMKL. To train, call model.train() first (from_pretrained gives a model in eval mode, "
+                        "and Lightning keeps it); to evaluate, use torch.no_grad()."
                     )
                 return self._previous(**kwargs)
             if unlabelled:

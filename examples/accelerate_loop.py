@@ -1,0 +1,43 @@
+"""A loop of one's own with accelerate: `accelerate launch examples/accelerate_loop.py`, on one process or many.
+
+TMKL is the one line with attach; the loss is then CE + weight * KL.
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from mask_the_target import TMKL, attach
+from mask_the_target.front.backbones import resolve_model
+from mask_the_target.front.probes import encode_row
+from mask_the_target.front.recipes import recipe_rows
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="package:smollm2")
+parser.add_argument("--steps", type=int, default=20)
+options = parser.parse_args()
+
+accelerator = Accelerator()
+path = resolve_model(options.model)
+tokenizer = AutoTokenizer.from_pretrained(path)
+lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora).train()
+rows = []
+for row in recipe_rows("arpabet")["train"][: 8 * options.steps]:
+    prompt, answer = encode_row(tokenizer, row)
+    rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+loader = torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+attachment = attach(model, TMKL(weight=1.0))  # before the model is wrapped
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+for step, batch in enumerate(loader, start=1):
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    last = attachment.last
+    accelerator.print(f"step {step}: ce {float(last.ce):.4f}, kl {float(last.kl):.4f}")
+accelerator.unwrap_model(model).save_pretrained("runs/accelerate_loop")
