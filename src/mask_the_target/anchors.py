@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ def write_anchors(
 
     Returns:
         Rows ``{"text", "start": "chat" or "text", "temperature"}``; ``text`` holds the special tokens. Fewer than
-        ``count`` where the model repeats itself too much.
+        ``count``, with a warning, where the model repeats itself too much.
     """
     turn = _open_turn(tokenizer)
     starts = ["chat", "text"] if turn is not None else ["text"]
@@ -129,10 +130,10 @@ def write_anchors(
         tqdm(total=count, desc="anchors", unit="sequence", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        for batch in range(ROUNDS * -(-count // batch_size)):
-            kinds = [(start, temperature) for temperature in temperatures for start in starts]
+        kinds = [(start, temperature) for temperature in temperatures for start in starts]
+        size = min(batch_size, -(-count // len(kinds)))
+        for batch in range(ROUNDS * -(-count // size)):
             start, temperature = kinds[batch % len(kinds)]
-            size = max(1, min(batch_size, -(-count // len(kinds))))
             sample = _Sampler(model, tokenizer, temperature)
             texts = sample.chats(turn, size, length) if start == "chat" and turn else sample.texts(size, length)
             for text in texts:
@@ -141,6 +142,8 @@ def write_anchors(
                     bar.update()
             if len(written) == count:
                 break
+    if len(written) < count:
+        warnings.warn(f"{len(written)} different anchors of {count}: the model repeats itself.", stacklevel=2)
     return list(written.values())
 
 
@@ -236,6 +239,12 @@ def load_anchors(file: Path, tokenizer: Any, max_length: int = 512) -> list[list
     if not found:
         raise ValueError(f"{file} holds no sequence of at least two tokens, so there is nothing to anchor to.")
     return found
+
+
+def written_by_a_model(file: Path) -> bool:
+    """Whether a file of anchors is what :func:`write_anchors` gave, and not data, which would be replay."""
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return all('"start": ' in line and "start" in json.loads(line) for line in lines)
 
 
 def _text_of(row: Any, tokenizer: Any, where: str) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ SMOOTHING = 0.8  # of the KL over steps: a batch's own is too noisy to steer by
 # The logarithm of the weight is a sum over steps of RATE times the excess, and DAMPING times the excess of now, without
 # which it would swing: weights answer to it late. The excess is log(KL / budget), at most e^2 either way.
 RATE, DAMPING, MOST = 0.08, 1.0, 2.0
-LARGEST = 1e4  # times the weight that it began with, if that is above 1; more would be a loss of the KL alone
+FARTHEST = 1e4  # from 1, or from the weight that it began with: more would be the KL alone, or none, and no way back
 SETTLED = 1.5  # times the budget: a KL above it at the end is said
 
 
@@ -30,7 +30,8 @@ class DriftBudget:
         weight: the weight to use now; give the one to begin with.
         kl: the KL so far, smoothed over steps; nats per context token.
         steps: how many there were.
-        total, largest: the weight without its damping, and what both never exceed.
+        total: the weight without its damping.
+        start: the weight that it began with.
     """
 
     max_drift: float
@@ -38,7 +39,7 @@ class DriftBudget:
     kl: float = 0.0
     steps: int = 0
     total: float = 0.0
-    largest: float = 0.0
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_drift", "weight"):
@@ -46,7 +47,7 @@ class DriftBudget:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a positive number (nats per token; a factor).")
         self.total = self.total or float(self.weight)
-        self.largest = self.largest or LARGEST * max(1.0, self.weight)
+        self.start = self.start or float(self.weight)
 
     def update(self, kl: float) -> float:
         """Take a step's mean KL (nats per context token) and give the weight of the next step.
@@ -62,9 +63,12 @@ class DriftBudget:
         excess = max(-MOST, min(MOST, math.log(max(self.kl, 1e-12) / self.max_drift)))
         if excess < 0 and self.steps <= PATIENCE:
             return self.weight
-        self.total = min(self.largest, self.total * math.exp(RATE * excess))
-        self.weight = min(self.largest, self.total * math.exp(DAMPING * excess))
+        self.total = self._bounded(self.total * math.exp(RATE * excess))
+        self.weight = self._bounded(self.total * math.exp(DAMPING * excess))
         return self.weight
+
+    def _bounded(self, weight: float) -> float:
+        return min(max(weight, min(1.0, self.start) / FARTHEST), max(1.0, self.start) * FARTHEST)
 
     @property
     def missed(self) -> str | None:

@@ -424,7 +424,7 @@ def test_anchors_and_a_budget_survive_an_interruption(tmp_path: Path, model: Pat
     assert "replay" not in card
 
 
-def test_anchors_of_a_file_are_replay_and_the_card_says_so(
+def test_anchors_of_a_file_are_replay_unless_a_model_wrote_them_and_the_card_says_which(
     config: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "anchors.jsonl"
@@ -440,7 +440,10 @@ def test_anchors_of_a_file_are_replay_and_the_card_says_so(
     assert "share=2.0 must lie between" in refused([*given, "--anchor_share", "2"], capsys)
     assert "there is no file" in refused([*given, "--anchors", "none.jsonl"], capsys)
     assert main(["train", *given]) == 0
-    assert "(the anchors are a file's, so this is replay of what it holds)" in (tmp_path / "out/README.md").read_text()
+    assert f"anchors {file} (written by a model)" in (tmp_path / "out/README.md").read_text()
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(4))
+    assert main(["train", *given, "--anchors", str(data), "--output_dir", str(tmp_path / "replay")]) == 0
+    assert f"anchors {data} (data, so this is replay)" in (tmp_path / "replay/README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- drift in the log

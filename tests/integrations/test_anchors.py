@@ -62,7 +62,8 @@ def test_the_base_writes_them_whatever_the_adapter_has_become() -> None:
 def test_without_a_template_all_are_texts_and_a_model_that_repeats_itself_writes_fewer() -> None:
     tokenizer = _tokenizer()
     tokenizer.chat_template = None
-    rows = write_anchors(toy_llama(), tokenizer, 8, length=4, temperatures=(1e-4,), progress=False)
+    with pytest.warns(UserWarning, match="1 different anchors of 8: the model repeats itself"):
+        rows = write_anchors(toy_llama(), tokenizer, 8, length=4, temperatures=(1e-4,), progress=False)
     assert len(rows) == 1
     assert {row["start"] for row in rows} == {"text"}
 
@@ -316,6 +317,9 @@ def test_a_budget_moves_its_weight_as_said() -> None:
     low = budget.weight
     budget.update(float("nan"))
     assert (budget.weight, budget.steps) == (low, PATIENCE + 64)
+    for _ in range(9000):
+        budget.update(0.0)
+    assert budget.weight == 1e-4  # there is a way back
     for _ in range(400):
         budget.update(10.0)
     assert budget.weight == 2.0 * 1e4

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mask_the_target.anchors import written_by_a_model
 from mask_the_target.front.backbones import PREFIX
 from mask_the_target.front.rivals import RIVALS, strength_of
 
@@ -55,6 +56,11 @@ def _method(arguments: Any) -> dict[str, Any]:
         fields = {
             name: value for name, value in asdict(arguments).items() if name.startswith("tmkl_") or name in BEYOND
         }
+        if arguments.anchors == "none":
+            del fields["anchor_share"]
+        elif arguments.anchors != "auto":
+            of = "written by a model" if written_by_a_model(Path(arguments.anchors)) else "data, so this is replay"
+            fields["anchors"] = f"{arguments.anchors} ({of})"
         return {"method": "tmkl", **fields, "base": base}
     rival = RIVALS.get(arguments.method)
     found: dict[str, Any] = {"method": arguments.method}
@@ -171,8 +177,6 @@ def model_card(record: Mapping[str, Any], measured: str = "") -> str:
     options = _listed(
         (key.removeprefix("tmkl_"), value) for key, value in method.items() if value not in (None, "none")
     )
-    if method.get("anchors", "none") not in ("none", "auto"):
-        options += " (the anchors are a file's, so this is replay of what it holds)"
     figures = _listed((key, f"{value:.4g}") for key, value in record["metrics"].items() if key != "train_runtime")
     return CARD.format(
         hub=f"base_model: {base}\n" if on_hub else "",
