@@ -344,6 +344,8 @@ class Attachment:
             losses = torch.cat([losses, context.loss * (self.context_weight * share * items / context_items)])
         if self.on_backward is not None and losses.requires_grad:
             losses.register_hook(functools.partial(self.on_backward, losses.detach()))
+        if isinstance(shown := output.get("logits"), Tensor):
+            losses = _Before.apply(losses, shown)
         loss = losses.sum() / items
         aux = output.get("aux_loss")
         if isinstance(aux, Tensor):
@@ -468,10 +470,11 @@ class Attachment:
                 context = compute(positions.context, torch.full_like(labels, CONTEXT_INDEX))
             index = torch.cat([positions.supervised, positions.context]).to(hidden.device)
             left.append(_Adapted(rows, context, index))
+            shown = narrow(hidden)
             if self.keep_logits:
                 with torch.no_grad():
-                    return self._tap.forward(hidden)
-            return narrow(hidden)
+                    shown = self._tap.forward(hidden)
+            return _After.apply(shown, rows.loss, *([] if context is None else [context.loss]))
 
         prefix = self._shared()
         with nullcontext() if prefix is None else prefix.reusing(kwargs):
@@ -645,6 +648,37 @@ def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
     if attachment is None:
         raise ValueError("TMKL is not attached to this model.")
     return attachment.count_context(batch)
+
+
+class _After(torch.autograd.Function):
+    """What the head shows in the logits' place, as something that was computed from the losses; its gradient is zero.
+
+    With :class:`_Before`, the backward of the losses begins at what the head's module gave. Wrappers that gather the
+    weights of a module for its backward (FSDP2) wait for that: where the head shares a unit with the final norm, the
+    norm's weights would be freed memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shown: Tensor, *losses: Tensor) -> Tensor:
+        ctx.save_for_backward(*losses)
+        return shown.view_as(shown)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None, *(torch.zeros_like(loss) for loss in ctx.saved_tensors)
+
+
+class _Before(torch.autograd.Function):
+    """The losses, as something that was computed from what the head showed too; its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, shown: Tensor) -> Tensor:
+        ctx.shown = torch.zeros((), dtype=shown.dtype, device=shown.device).expand(shown.shape)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], ctx.shown
 
 
 def _take_targets(inputs: dict[str, Any], *, shift: bool) -> Tensor:
