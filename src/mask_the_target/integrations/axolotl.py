@@ -67,8 +67,8 @@ class TMKLArgs(BaseModel):
         for key in _OTHER_LOSSES:
             if data.get(key):
                 raise ValueError(
-                    f"{key}: {data[key]!r} makes axolotl train on another loss than the model's own, and TMKL would not "
-                    "be in it. Remove it, or the TMKL plugin."
+                    f"{key}: {data[key]!r} makes axolotl train on another loss than the model's own, and TMKL would "
+                    "not be in it. Remove it, or the TMKL plugin."
                 )
         if data.get("relora"):
             raise ValueError(
