@@ -26,6 +26,7 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
   mtt sweep STUDY.yaml               every run of a study once, by any number of workers: methods, settings, seeds
   mtt suggest --model M --data D     a weight and a learning rate for your model and data, from a short pilot
   mtt report STUDY                   a study's page: fronts, figures with intervals, curves and answers; PNG and CSV
+  mtt llamafactory CONFIG.yaml       LLaMA-Factory's `llamafactory-cli train`, with TMKL and tmkl_* keys in its YAML
   mtt diagnostic                     CE, CE + full KL and CE + TMKL on a toy: what each does to the distributions
 
 'mtt COMMAND --help' lists a command's options. MTT_TRACEBACK=1 shows where an error came from.
@@ -111,6 +112,12 @@ def _report(argv: Sequence[str]) -> int:
 
 def _diagnostic(argv: Sequence[str]) -> int:
     from mask_the_target.front.diagnostic import main
+
+    return main(argv)
+
+
+def _llamafactory(argv: Sequence[str]) -> int:
+    from mask_the_target.integrations.llamafactory import main
 
     return main(argv)
 
@@ -306,6 +313,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": _sweep,
     "suggest": _suggest,
     "report": _report,
+    "llamafactory": _llamafactory,
     "diagnostic": _diagnostic,
 }
 

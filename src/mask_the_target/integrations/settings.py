@@ -1,0 +1,50 @@
+"""TMKL's settings as frameworks hold them: `tmkl_*` keys of a YAML file, or of the environment."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_args
+
+from mask_the_target.base import BaseChoice
+from mask_the_target.integrations.transformers import TMKLCallback
+from mask_the_target.objective import TMKL
+
+PREFIX = "tmkl_"
+_OPTIONS = tuple(field.name for field in fields(TMKL))
+# The fields of TMKL, and what TMKLCallback takes beside them.
+KEYS = tuple(PREFIX + name for name in (*_OPTIONS, "base", "full_kl", "max_drift"))
+_BASES = (*get_args(BaseChoice), "cached")
+
+
+def callback_from(settings: Mapping[str, Any], where: str) -> TMKLCallback:
+    """The callback that ``settings`` describe.
+
+    Args:
+        settings: ``tmkl_*`` keys (:data:`KEYS`) and their values; text that is a JSON value is taken as that value,
+            since YAML reads 1e-3, and the environment everything, as text. None is a key that isn't given.
+        where: what holds them, for messages.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest valid one, or a value that means nothing.
+    """
+    for key in settings:
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{where}: unknown key {key!r}. {hint}Known: {', '.join(KEYS)}.")
+    given = {key.removeprefix(PREFIX): _value(value) for key, value in settings.items() if value is not None}
+    base = given.pop("base", "auto")
+    if base not in _BASES:
+        raise ValueError(f"{where}: tmkl_base is {base!r}; choose one of {', '.join(_BASES)}.")
+    beside = {name: given.pop(name) for name in ("full_kl", "max_drift") if name in given}
+    return TMKLCallback(TMKL(**given), base=base, **beside)
+
+
+def _value(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
