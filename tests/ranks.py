@@ -106,7 +106,13 @@ def main() -> None:
             "moved": max(float((p.detach() - q).abs().max()) for p, q in zip(trained, moved, strict=True)),
             "error": max(float((p - q).abs().max()) for p, q in zip(weights, moved, strict=True)),
         }
+    try:
+        attach(as_fsdp(copy.deepcopy(start), head=False), OPTIONS)
+        refused = "not refused"
+    except ValueError as error:
+        refused = str(error)
     if dist.get_rank() == 0:
+        print("REFUSED " + refused)
         print("RESULTS " + json.dumps(found))
     dist.destroy_process_group()
 

@@ -25,6 +25,8 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))[8:])
     assert len(found) == 12
+    assert "REFUSED LlamaForCausalLM is sharded already" in done.stdout
+    assert "Attach first, then shard" in done.stdout
     for name, case in found.items():
         assert case["loss"] == pytest.approx(case["expected"], rel=1e-5), name
         assert case["moved"] > 1e-3, name

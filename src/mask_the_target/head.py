@@ -218,7 +218,7 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
     grid = torch.linspace(-40, 40, vocabulary, dtype=torch.float32, device=weight.device)
     grid[0], grid[1] = _FAR, _NEAR
     with torch.no_grad(), evaluating(model):
-        own = _on_text(name, lambda: tap.run(forward, inputs, keep))
+        own = _on_text(model, lambda: tap.run(forward, inputs, keep))
         shown = tap.run(forward, inputs, lambda hidden: grid.expand(*hidden.shape[:-1], vocabulary).clone())
         try:
             tap.run(forward, inputs, narrow)
@@ -280,11 +280,18 @@ def _fit_transform(name: str, grid: Tensor, logits: Tensor) -> LogitTransform:
 _AUX_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def _on_text(name: str, run: Callable[[], Any]) -> Any:
+def _on_text(model: nn.Module, run: Callable[[], Any]) -> Any:
     """``run()`` on the probe. Models that need images or sound, or that an adapter has broken, have each its error."""
+    name = type(model).__name__
     try:
         return run()
     except Exception as error:
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # a DTensor
+            raise ValueError(
+                f"{name} is sharded already, and its parts are gathered for the whole model's forward alone, which the "
+                "proofs of TMKL's loss need before. Attach first, then shard (fully_shard). A trainer that shards the "
+                "model by itself is not supported yet."
+            ) from error
         raise ValueError(
             f"{name}'s forward fails on a probe of eight text tokens ({type(error).__name__}: {error}), so its logits "
             "and its loss can't be proved. Only models that can be run on text alone are supported."
@@ -304,7 +311,7 @@ def _prove_loss(
     try:
         own = forward(**with_loss, **router)
     except Exception:  # of some routers there is nothing to show; then it trains as it is configured, or not at all
-        own = _on_text(name, lambda: forward(**with_loss))
+        own = _on_text(model, lambda: forward(**with_loss))
     labels = labels.to(logits.device)
     shifted = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
     unshifted = float(F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
