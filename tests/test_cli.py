@@ -63,7 +63,7 @@ def test_exit_codes() -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    commands = "train, cache, anchors, eval, demo, sweep, suggest, report, diagnostic"
+    commands = "train, cache, anchors, eval, demo, sweep, suggest, report, llamafactory, diagnostic"
     assert capsys.readouterr().err == f"mtt: unknown command 'trian'; commands are: {commands}.\n"
     assert main([]) == 2
     assert main(["--version"]) == 0
