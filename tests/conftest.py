@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # it would report each run to a server, and wait for it
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core; two threads in each would wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,6 +13,8 @@ from axolotl.utils import distributed
 
 from frameworks.toy import DATA, Recorder, write_toy
 from mask_the_target import TMKL
+from mask_the_target.integrations.axolotl import TMKLArgs
+from mask_the_target.integrations.settings import KEYS, callback_from
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "axolotl.yaml"
 
@@ -87,6 +89,11 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     with pytest.raises(ValueError) as error:
         load_cfg(str(EXAMPLE), **(_overrides(tmp_path) | {"base_model": str(tmp_path / "none")} | settings))
     assert message in str(error.value)
+
+
+def test_the_keys_are_those_of_the_other_frameworks_with_the_same_defaults() -> None:
+    assert set(TMKLArgs.model_fields) == set(KEYS)
+    assert callback_from(TMKLArgs.model_construct().model_dump(), "").options == TMKL()
 
 
 def test_the_example_data_are_conversations() -> None:
