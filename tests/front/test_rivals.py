@@ -36,7 +36,7 @@ from mask_the_target.attach import Totals
 from mask_the_target.cli import main
 from mask_the_target.front import rival_losses, rivals, train
 from mask_the_target.front.options import parse
-from mask_the_target.front.study import read_study
+from mask_the_target.front.study import AT_ITS_END, NOT_SCALED, read_study
 
 STRENGTHS = {
     "ewc": 1000.0,
@@ -599,9 +599,13 @@ def test_a_study_sweeps_a_rivals_strength(config: Path, tmp_path: Path, model: P
         ({"method": "ewc", "grid": {"rival_wieght": [1]}}, "Did you mean 'rival_weight'?"),
         ({"method": "dft", "grid": {"rival_weight": [1]}}, "methods.held: rival_weight is 1, and method 'dft' doesn't"),
         ({"method": "l2", "adapter": "vera"}, "methods.held: method 'l2' is defined by LoRA's update"),
-        ({"method": "ewc", "adapter": "vera"}, "methods.held: PEFT can't rescale vera"),
-        ({"method": "asft", "adapter": "pissa"}, "methods.held starts with pissa"),
     ):
         with pytest.raises(ValueError, match=r"study\.yaml: ") as error:
             read_study(study(**bad))
         assert message in str(error.value)
+    for adapter, checkpoints, scales, note in (
+        ("vera", [0.25, 0.5, 1.0], [], NOT_SCALED),
+        ("pissa", [1.0], [0.5, 0.75], AT_ITS_END),
+    ):
+        (trial, *_) = read_study(study(method="ewc", adapter=adapter)).parts()["rivals/arpabet/held"]
+        assert (trial.checkpoints, trial.scales, trial.notes) == (checkpoints, scales, [note])
