@@ -344,7 +344,7 @@ class Attachment:
             losses = torch.cat([losses, context.loss * (self.context_weight * share * items / context_items)])
         if self.on_backward is not None and losses.requires_grad:
             losses.register_hook(functools.partial(self.on_backward, losses.detach()))
-        if isinstance(shown := output.get("logits"), Tensor):
+        if isinstance(shown := output.get("logits"), Tensor) and shown.requires_grad:
             losses = _Before.apply(losses, shown)
         loss = losses.sum() / items
         aux = output.get("aux_loss")
@@ -470,11 +470,10 @@ class Attachment:
                 context = compute(positions.context, torch.full_like(labels, CONTEXT_INDEX))
             index = torch.cat([positions.supervised, positions.context]).to(hidden.device)
             left.append(_Adapted(rows, context, index))
-            shown = narrow(hidden)
             if self.keep_logits:
                 with torch.no_grad():
-                    shown = self._tap.forward(hidden)
-            return _After.apply(shown, rows.loss, *([] if context is None else [context.loss]))
+                    return self._tap.forward(hidden)
+            return _After.apply(narrow(hidden), rows.loss, *([] if context is None else [context.loss]))
 
         prefix = self._shared()
         with nullcontext() if prefix is None else prefix.reusing(kwargs):
@@ -655,7 +654,8 @@ class _After(torch.autograd.Function):
 
     With :class:`_Before`, the backward of the losses begins at what the head's module gave. Wrappers that gather the
     weights of a module for its backward (FSDP2) wait for that: where the head shares a unit with the final norm, the
-    norm's weights would be freed memory.
+    norm's weights would be freed memory. Only of the stand-in: through logits of the vocabulary's width, zeros of that
+    size would go back.
     """
 
     @staticmethod
