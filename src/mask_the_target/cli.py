@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -33,24 +34,6 @@ Fine-tune with target-masked KL, and see what was learned and what was kept.
 """
 # Initialisations that rewrite the base's weights when they are loaded: with the adapter off, it is not the base.
 REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-
-def _train(argv: Sequence[str]) -> int:
-    from mask_the_target.front.train import main
-
-    return main(argv)
-
-
-def _cache(argv: Sequence[str]) -> int:
-    from mask_the_target.front.train import cache_main
-
-    return cache_main(argv)
-
-
-def _demo(argv: Sequence[str]) -> int:
-    from mask_the_target.front.demo import main
-
-    return main(argv)
 
 
 def _anchors(argv: Sequence[str]) -> int:
@@ -90,36 +73,6 @@ def _anchors(argv: Sequence[str]) -> int:
     save_anchors(rows, options.output)
     print(f"{len(rows)} anchors in {options.output}. Train with them: mtt train ... --anchors {options.output}")
     return 0
-
-
-def _sweep(argv: Sequence[str]) -> int:
-    from mask_the_target.front.sweep import main
-
-    return main(argv)
-
-
-def _suggest(argv: Sequence[str]) -> int:
-    from mask_the_target.front.suggest import main
-
-    return main(argv)
-
-
-def _report(argv: Sequence[str]) -> int:
-    from mask_the_target.front.study_report import main
-
-    return main(argv)
-
-
-def _diagnostic(argv: Sequence[str]) -> int:
-    from mask_the_target.front.diagnostic import main
-
-    return main(argv)
-
-
-def _llamafactory(argv: Sequence[str]) -> int:
-    from mask_the_target.integrations.llamafactory import main
-
-    return main(argv)
 
 
 def _eval(argv: Sequence[str]) -> int:
@@ -304,17 +257,26 @@ def check_adapter(folder: Path, config: Any) -> None:
         raise ValueError(f"{folder} doesn't fit the model: {reason}.")
 
 
+def _of(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
+    """A command that lies in a module, which is imported when the command is run."""
+
+    def run(argv: Sequence[str]) -> int:
+        return getattr(importlib.import_module(f"mask_the_target.{module}"), name)(argv)
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": _train,
-    "cache": _cache,
+    "train": _of("front.train"),
+    "cache": _of("front.train", "cache_main"),
     "anchors": _anchors,
     "eval": _eval,
-    "demo": _demo,
-    "sweep": _sweep,
-    "suggest": _suggest,
-    "report": _report,
-    "llamafactory": _llamafactory,
-    "diagnostic": _diagnostic,
+    "demo": _of("front.demo"),
+    "sweep": _of("front.sweep"),
+    "suggest": _of("front.suggest"),
+    "report": _of("front.study_report"),
+    "llamafactory": _of("integrations.llamafactory"),
+    "diagnostic": _of("front.diagnostic"),
 }
 
 
