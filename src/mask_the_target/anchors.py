@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mask_the_target.base import Base
+from mask_the_target.files import write_whole
 from mask_the_target.head import evaluating
 from mask_the_target.objective import IGNORE_INDEX
 
@@ -213,10 +214,7 @@ class _Sampler:
 
 def save_anchors(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """As JSON Lines, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(file)
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def load_anchors(file: Path, tokenizer: Any, max_length: int = 512) -> list[list[int]]:

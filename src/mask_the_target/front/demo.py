@@ -26,12 +26,13 @@ import torch
 from transformers import TrainerCallback
 
 from mask_the_target.base import adapters_off
+from mask_the_target.files import write_whole
 from mask_the_target.front import report, train
 from mask_the_target.front.backbones import DEFAULT_MODEL, load_model, resolve_model
 from mask_the_target.front.evaluate import SIZES, add_paired_errors, evaluate_one, fast_bfloat16
 from mask_the_target.front.options import check_numbers, parse, settings_parser
 from mask_the_target.front.recipes import find_recipe
-from mask_the_target.front.record import model_card, versions, write_json, write_whole
+from mask_the_target.front.record import model_card, versions, write_json
 
 ARMS = {"ce": "CE", "tmkl": "CE + TMKL"}  # trained
 # Measured: plain CE's adapter at half its scale costs nothing, so a regulariser has to beat it.

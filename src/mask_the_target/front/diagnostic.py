@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mask_the_target.attach import attach
+from mask_the_target.files import write_whole
 from mask_the_target.front.backbones import package_folder
 from mask_the_target.front.options import check_numbers, settings_parser
 from mask_the_target.front.probes import TEXT_SOURCES, measuring
-from mask_the_target.front.record import versions, write_json, write_whole
+from mask_the_target.front.record import versions, write_json
 from mask_the_target.front.report import machine
 from mask_the_target.objective import TMKL, target_masked_kl
 

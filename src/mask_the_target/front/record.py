@@ -1,9 +1,8 @@
-"""What a run leaves beside its weights: run.json, the model card, and files that are whole or not there."""
+"""What a run leaves beside its weights: run.json and the model card."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mask_the_target.anchors import written_by_a_model
+from mask_the_target.files import write_whole
 from mask_the_target.front.backbones import PREFIX
 from mask_the_target.front.rivals import RIVALS, strength_of
 
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 BEYOND = ("anchors", "anchor_share", "max_drift")  # of the objective too; the paper has none of them
 PACKAGES = ("mask-the-target", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm-eval")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write all of it or nothing: a reader never sees half a file. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mask_the_target.files import write_whole
 from mask_the_target.front.harness import PREFIX
-from mask_the_target.front.record import write_whole
 
 Arm = Mapping[str, Any]
 TEXTS = {"text:python_docs": "Python docs", "text:bible": "Bible"}

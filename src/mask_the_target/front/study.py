@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mask_the_target.front.record import write_whole
+from mask_the_target.files import write_whole
 
 # Options of mtt train that the study sets itself, and what to set instead.
 RESERVED = {

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mask_the_target.files import write_whole
 from mask_the_target.front import plots
 from mask_the_target.front.fronts import TOLERANCES, finite_points, interval, points_of
 from mask_the_target.front.plots import Curve, Dot, Fronts, Style
-from mask_the_target.front.record import write_whole
 from mask_the_target.front.report import TEXTS, Column, render
 from mask_the_target.front.results import (
     PLAIN,

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mask_the_target.files import write_whole
 from mask_the_target.front import fronts
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
-from mask_the_target.front.record import versions, write_json, write_whole
+from mask_the_target.front.record import versions, write_json
 from mask_the_target.front.study import Study, change, check_study
 
 if TYPE_CHECKING:

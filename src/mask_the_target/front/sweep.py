@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from mask_the_target.files import write_whole
 from mask_the_target.front.paper import table
 from mask_the_target.front.queue import Queue, Result, failed
-from mask_the_target.front.record import versions, write_json, write_whole
+from mask_the_target.front.record import versions, write_json
 from mask_the_target.front.study import Study, Trial, read_study, write_config
 
 if TYPE_CHECKING:

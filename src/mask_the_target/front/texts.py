@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from mask_the_target.files import write_whole
 from mask_the_target.front.data import load_named
 from mask_the_target.front.probes import TextLoss, measuring
-from mask_the_target.front.record import write_whole
 
 # Keys of a data set in a study file. `text` names the columns that make a document, a blank line between them.
 KEYS = ("dataset_name", "dataset_config", "text", "train", "test")

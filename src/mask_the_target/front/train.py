@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mask_the_target import attach
+from mask_the_target.files import write_whole
 from mask_the_target.front import rival_losses
 from mask_the_target.front.adapters import (
     AdaLoraSteps,
@@ -34,7 +35,7 @@ from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
 from mask_the_target.front.data import Data, check_labels, load_data
 from mask_the_target.front.drift_log import LogDrift
 from mask_the_target.front.options import Settings, parse
-from mask_the_target.front.record import last_figures, model_card, new_record, write_json, write_whole
+from mask_the_target.front.record import last_figures, model_card, new_record, write_json
 from mask_the_target.front.rivals import RIVALS
 from mask_the_target.integrations.transformers import supervised_tokens
 

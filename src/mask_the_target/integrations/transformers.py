@@ -28,6 +28,7 @@ from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.budget import DriftBudget
 from mask_the_target.cache import CachedBase
+from mask_the_target.files import write_whole
 from mask_the_target.integrations import trl
 from mask_the_target.integrations.first_step import FirstStep
 from mask_the_target.objective import IGNORE_INDEX, TMKL
@@ -137,7 +138,7 @@ class TMKLCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._budget is not None and state.is_world_process_zero:
-            _budget_file(args, state).write_text(json.dumps(asdict(self._budget)), encoding="utf-8")
+            write_whole(_budget_file(args, state), json.dumps(asdict(self._budget)).encode())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
