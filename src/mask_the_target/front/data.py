@@ -107,25 +107,32 @@ def load_named(name: str, config: str | None, streaming: bool) -> DatasetDict:
         raise ValueError(f"The data {name!r} cannot be read: {reason}") from error
 
 
-def take_split(found: Any, wanted: str, name: str) -> Dataset:
-    """The rows of a split, or of a part of it: "train", "train[10:200]". Raises ValueError with a sentence."""
+def split_parts(wanted: str) -> tuple[str, int | None, int | None]:
+    """Name, start and stop of a split like "train" or "train[10:200]". Raises ValueError with a sentence."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?", wanted)
     if match is None:
         raise ValueError(f"Split {wanted!r} is not of the form 'train' or 'train[10:200]'.")
     split, start, stop = match.groups()
+    return split, int(start) if start else None, int(stop) if stop else None
+
+
+def take_split(found: Any, wanted: str, name: str) -> Dataset:
+    """The rows of a split, or of a part of it: "train", "train[10:200]". Raises ValueError with a sentence."""
+    split, start, stop = split_parts(wanted)
+    cut = wanted != split
     if not isinstance(found, Mapping):
         found = {"train": found}
     if split not in found:
         raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(map(str, found))}.")
     rows = found[split]
     if not hasattr(rows, "__len__"):
-        if start is not None:
+        if cut:
             raise ValueError(
                 f"{wanted!r} is a part of a split, which streaming can't cut. Set dataset_streaming: false."
             )
         return rows
-    if start is not None:
-        rows = rows.select(range(int(start or 0), min(int(stop or len(rows)), len(rows))))
+    if cut:
+        rows = rows.select(range(start or 0, len(rows) if stop is None else min(stop, len(rows))))
     if not len(rows):
         raise ValueError(f"The split {wanted!r} of {name} is empty: there is nothing to train or evaluate on.")
     return rows

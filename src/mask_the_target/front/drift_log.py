@@ -11,7 +11,7 @@ from mask_the_target.attach import unwrap
 from mask_the_target.base import Base, resolve_base
 from mask_the_target.front.probes import drift
 from mask_the_target.front.recipes import Row
-from mask_the_target.integrations.transformers import log_before_reporters
+from mask_the_target.integrations.transformers import add_to_logs, log_before_reporters
 
 
 class LogDrift(TrainerCallback):
@@ -35,7 +35,4 @@ class LogDrift(TrainerCallback):
         if logs is None or "loss" not in logs or self._base is None:
             return
         moved = drift(kwargs["model"], kwargs["processing_class"], self.rows, base_context=self._base.context)
-        figures = {"held_out_kl": moved.masked_kl, "held_out_full_kl": moved.full_kl}
-        logs.update(figures)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(figures)
+        add_to_logs(logs, state, {"held_out_kl": moved.masked_kl, "held_out_full_kl": moved.full_kl})

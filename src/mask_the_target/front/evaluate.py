@@ -89,15 +89,8 @@ SIZES = {
 
 
 def probe_sizes(sizes: str | Mapping[str, int]) -> ProbeSizes:
-    """Those of a study: a name out of SIZES, or every field of `ProbeSizes`.
-
-    Raises ValueError that names the field or the nearest name.
-    """
+    """Those of a study: a name out of SIZES, or every field of `ProbeSizes`; ValueError names a field that is wrong."""
     if isinstance(sizes, str):
-        if sizes not in SIZES:
-            close = difflib.get_close_matches(sizes, SIZES, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(SIZES)}."
-            raise ValueError(f"unknown size {sizes!r}. {hint}")
         return SIZES[sizes]
     names = [each.name for each in fields(ProbeSizes)]
     if set(sizes) != set(names):

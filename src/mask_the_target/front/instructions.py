@@ -17,7 +17,7 @@ from torch import nn
 
 from mask_the_target.front.probes import evenly, greedy_answers
 
-SUBJECTS: tuple[str, ...] = (
+SUBJECTS = (
     "dogs",
     "winter",
     "bread",
@@ -28,8 +28,17 @@ SUBJECTS: tuple[str, ...] = (
     "coffee",
     "gardens",
     "mountains",
+    "football",
+    "rain",
+    "bicycles",
+    "art",
+    "school",
+    "birds",
+    "cheese",
+    "history",
+    "forests",
+    "clocks",
 )
-SUBJECTS += ("football", "rain", "bicycles", "art", "school", "birds", "cheese", "history", "forests", "clocks")
 
 
 @dataclass(frozen=True)

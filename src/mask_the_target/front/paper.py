@@ -14,16 +14,15 @@ Ours are of a run's end, at the adapter's own scale, means over seeds; plain CE'
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mask_the_target.front.study import Study
+from mask_the_target.front.results import Result, text_drifts
+from mask_the_target.front.study import Study, check_known
 
 ROW = ("method", "setting", "target", "drift", "prevented")
 MEASURES = ("drift", "prevented")
@@ -36,27 +35,21 @@ def check_paper(paper: Any, where: str) -> None:
     """
     if not isinstance(paper, dict):
         raise ValueError(f"{where}: paper must hold 'source', 'base' and 'rows', but is {paper!r:.80}.")
-    _check_keys(paper, ("source", "base", "rows"), f"{where}: paper")
+    for key in paper:
+        check_known(str(key), ("source", "base", "rows"), "key", f"{where}: paper")
     for place, value in paper.get("base", {}).items():
         _check_number(value, f"{where}: paper.base.{place}")
     for number, row in enumerate(paper.get("rows", [])):
         here = f"{where}: paper.rows[{number}]"
         if not isinstance(row, dict) or not row.get("method"):
             raise ValueError(f"{here} needs a method, but is {row!r:.80}.")
-        _check_keys(row, ROW, here)
+        for key in row:
+            check_known(str(key), ROW, "key", here)
         if "target" in row:
             _check_number(row["target"], f"{here}.target")
         for measure in MEASURES:
             for text, value in row.get(measure, {}).items():
                 _check_number(value, f"{here}.{measure}.{text}")
-
-
-def _check_keys(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in found:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-            raise ValueError(f"{where}: unknown key {key!r}. {hint}")
 
 
 def _check_number(value: Any, where: str) -> None:
@@ -68,11 +61,11 @@ def _check_number(value: Any, where: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- ours
 
 
-def measured(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def measured(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row for each recipe, method and setting of complete results: what `paper.rows` hold, with `seeds`, and each
     number as [mean, standard deviation over seeds (None for one)]. `target` is a perplexity, the others percent.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Result]] = {}
     for result in results:
         if result["status"] == "complete":
             groups.setdefault(_group(result["recipe"], result["method"], result["setting"]), []).append(result)
@@ -98,17 +91,10 @@ def measured(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _drifts(group: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def _drifts(group: Sequence[Result]) -> dict[str, list[float]]:
     """Relative rise of each text's perplexity over the base's, for each result."""
-    found = {}
-    for probe in (name for name in group[0]["base"] if name.startswith("text:")):
-        rises = [_end(result)["probes"][probe]["loss"] - result["base"][probe]["loss"] for result in group]
-        found[probe.removeprefix("text:")] = [math.expm1(rise) for rise in rises]
-    return found
-
-
-def _end(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(point for point in result["points"] if point["checkpoint"] == 1 and point["scale"] == 1)
+    each = [text_drifts(result) for result in group]
+    return {probe.removeprefix("text:"): [found[probe] for found in each] for probe in each[0]}
 
 
 def _plain_key(result: Mapping[str, Any]) -> str:
@@ -131,7 +117,7 @@ def _spread(values: Sequence[float]) -> list[float | None]:
 # ---------------------------------------------------------------------------------------------------------- table
 
 
-def table(study: Study, results: Sequence[Mapping[str, Any]] = ()) -> str:
+def table(study: Study, results: Sequence[Result] = ()) -> str:
     """Ours and the paper's numbers as a Markdown table, aligned for the terminal; the paper's are in brackets.
 
     Every row of `study.paper` is in it, also where nothing was measured. With several recipes, the paper's numbers

@@ -104,6 +104,15 @@ def end_of(result: Result) -> Any:
     return next((point for point in result["points"] if point["checkpoint"] == 1 and point["scale"] == 1), None)
 
 
+def text_drifts(result: Result) -> dict[str, float]:
+    """At the end of a run, for each text probe: the relative rise of its perplexity over the base's."""
+    end = end_of(result)
+    if end is None:
+        return {}
+    texts = [name for name in result["base"] if name.startswith("text:") and name in end["probes"]]
+    return {name: math.expm1(end["probes"][name]["loss"] - result["base"][name]["loss"]) for name in texts}
+
+
 def unique(values: Iterable[Any]) -> list[Any]:
     """Each once, in the order of their first; also of what can't be hashed."""
     return list({json.dumps(value, sort_keys=True, default=str): value for value in values}.values())

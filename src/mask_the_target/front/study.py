@@ -188,7 +188,7 @@ def read_study(path: Path, changes: Sequence[str] = (), methods: Sequence[str] |
     change(content, changes)
     if methods is not None and isinstance(content.get("methods"), dict):
         for name in methods:
-            _check_known(name, [str(known) for known in content["methods"]], "method", f"{path}: methods")
+            check_known(name, [str(known) for known in content["methods"]], "method", f"{path}: methods")
         content["methods"] = {name: content["methods"][name] for name in methods}
     return check_study(content, path)
 
@@ -219,13 +219,13 @@ def change(content: dict[str, Any], changes: Sequence[str]) -> None:
 
 def check_study(content: Mapping[str, Any], path: Path) -> Study:
     """The content of a study file, checked; `path` is named in errors. Raises as `read_study`."""
-    from mask_the_target.front.evaluate import PROBES, check_probes, probe_sizes
+    from mask_the_target.front.evaluate import PROBES, SIZES, check_probes, probe_sizes
     from mask_the_target.front.paper import check_paper
     from mask_the_target.front.recipes import RECIPES
 
     known = [each.name for each in fields(Study)]
     for key in content:
-        _check_known(str(key), known, "key", str(path))
+        check_known(str(key), known, "key", str(path))
     for key in ("name", "model", "recipes", "methods", "train", "probes"):
         if not content.get(key):
             raise ValueError(f"{path}: {key} is missing or empty.")
@@ -239,13 +239,13 @@ def check_study(content: Mapping[str, Any], path: Path) -> Study:
     of_data = [f"text:{name}" for name in given["texts"]]
     _check_list(path, "recipes", content["recipes"])
     for name in map(str, content["recipes"]):
-        _check_known(name, [*RECIPES, *given["data"]], "recipe", f"{path}: recipes")
+        check_known(name, [*RECIPES, *given["data"]], "recipe", f"{path}: recipes")
     for key in ("probes", "probes_at_end"):
         _check_list(path, key, content.get(key, []), may_be_empty=key == "probes_at_end")
         names = [str(name) for name in content.get(key, [])]
         for name in names:
             if name.startswith("text:"):
-                _check_known(name, [*PROBES, *of_data], "probe", f"{path}: {key}")
+                check_known(name, [*PROBES, *of_data], "probe", f"{path}: {key}")
         try:
             spelled = [[name] if name in of_data else check_probes([name]) for name in names]
         except ValueError as error:
@@ -263,8 +263,10 @@ def check_study(content: Mapping[str, Any], path: Path) -> Study:
         if not any(probe.split(":")[0] == needed for probe in given["probes"]):
             raise ValueError(f"{path}: probes lacks {needed!r}: a front needs what was learned and what was kept.")
     sizes = content.get("sizes", "quick")
+    if not isinstance(sizes, dict):
+        check_known(str(sizes), list(SIZES), "size", f"{path}: sizes")
     try:
-        probe_sizes(sizes if isinstance(sizes, dict) else str(sizes))
+        probe_sizes(sizes)
     except ValueError as error:
         raise ValueError(f"{path}: sizes: {error}") from error
     for key, kind in (("seeds", int), ("checkpoints", float), ("scales", float)):
@@ -290,7 +292,8 @@ def check_study(content: Mapping[str, Any], path: Path) -> Study:
 
 
 def _read_sets(path: Path, key: str, sets: Any, taken: Sequence[str]) -> dict[str, dict[str, Any]]:
-    from mask_the_target.front.texts import KEYS, split_parts
+    from mask_the_target.front.data import split_parts
+    from mask_the_target.front.texts import KEYS
 
     if not isinstance(sets, dict):
         raise ValueError(f"{path}: {key} must hold 'name: {{dataset_name: ...}}', but is {sets!r:.80}.")
@@ -302,7 +305,7 @@ def _read_sets(path: Path, key: str, sets: Any, taken: Sequence[str]) -> dict[st
         if not isinstance(found, dict) or not found.get("dataset_name"):
             raise ValueError(f"{path}: {where} needs a dataset_name, but is {found!r:.80}.")
         for option, value in found.items():
-            _check_known(str(option), KEYS, "key", f"{path}: {where}")
+            check_known(str(option), KEYS, "key", f"{path}: {where}")
             if option == "text":
                 _check_list(path, f"{where}.text", value)
             else:
@@ -371,7 +374,7 @@ def _check_options(path: Path, study: Study) -> None:
         for key in options:
             if key in RESERVED:
                 raise ValueError(f"{path}: {where} sets {key}, which the study sets. Use {RESERVED[key]}.")
-            _check_known(str(key), known, "option", f"{path}: {where}")
+            check_known(str(key), known, "option", f"{path}: {where}")
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
         for name, (fixed, grid) in study.methods.items():
@@ -409,7 +412,8 @@ def write_config(
     write_whole(file, yaml.safe_dump(settings, sort_keys=False).encode())
 
 
-def _check_known(name: str, known: Sequence[str], kind: str, where: str) -> None:
+def check_known(name: str, known: Sequence[str], kind: str, where: str) -> None:
+    """Raises ValueError, with the place and the nearest valid name, if `name` is not among those that are `known`."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else ""

@@ -31,6 +31,7 @@ from mask_the_target.front.results import (
     known_setting,
     option,
     read_results,
+    text_drifts,
     to_csv,
     unique,
 )
@@ -164,12 +165,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _drifts(result: Result) -> dict[str, float]:
     """At the end of a run: relative rise of perplexity on each text, and the masked KL."""
-    end = end_of(result)
-    if end is None:
-        return {}
-    texts = [name for name in result["base"] if name.startswith("text:") and name in end["probes"]]
-    found = {name: math.expm1(end["probes"][name]["loss"] - result["base"][name]["loss"]) for name in texts}
-    if "drift" in end["probes"]:
+    end, found = end_of(result), text_drifts(result)
+    if end is not None and "drift" in end["probes"]:
         found["drift"] = end["probes"]["drift"]["masked_kl"]
     return found
 

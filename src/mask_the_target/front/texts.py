@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mask_the_target.files import write_whole
-from mask_the_target.front.data import load_named
+from mask_the_target.front.data import load_named, split_parts
 from mask_the_target.front.probes import TextLoss, measuring
 
 # Keys of a data set in a study file. `text` names the columns that make a document, a blank line between them.
@@ -99,15 +98,6 @@ def _read(data: Mapping[str, Any], wanted: str) -> Iterator[str]:
         text = SEPARATOR.join(str(row[column]) for column in columns if row[column])
         if text.strip():
             yield text
-
-
-def split_parts(wanted: str) -> tuple[str, int | None, int | None]:
-    """Name, start and stop of a split like "train" or "train[10:200]". Raises ValueError with a sentence."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?", wanted)
-    if match is None:
-        raise ValueError(f"Split {wanted!r} is not of the form 'train' or 'train[10:200]'.")
-    split, start, stop = match.groups()
-    return split, int(start) if start else None, int(stop) if stop else None
 
 
 def packed_windows(tokenizer: Any, texts: Sequence[str], separator: str, length: int) -> list[list[int]]:

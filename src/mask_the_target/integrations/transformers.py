@@ -239,9 +239,7 @@ class TMKLCallback(TrainerCallback):
             metrics["context_kl"] = context_kl / max(1.0, context)
         if self._budget is not None:
             metrics["context_weight"] = self._attachment.context_weight
-        logs.update(metrics)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(metrics)
+        add_to_logs(logs, state, metrics)
         if self._attachment.on_backward is not None and self._steps:
             self._attachment.on_backward = self._first_step = None
             if self._value_known and not self._attachment.has_aux_loss:
@@ -307,6 +305,13 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"the trainer would wrap the model in nn.DataParallel over {args.n_gpu} devices, whose copies run the "
             "original's weights. Start it with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one."
         )
+
+
+def add_to_logs(logs: dict[str, Any], state: TrainerState, figures: dict[str, float]) -> None:
+    """In a callback's ``on_log``: add figures to what reporters are given, and to the history, which has the entry."""
+    logs.update(figures)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(figures)
 
 
 def log_before_reporters(callback: TrainerCallback) -> None:
