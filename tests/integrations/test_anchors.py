@@ -19,6 +19,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -293,6 +294,27 @@ def test_anchors_need_a_trainer_with_model_and_tokenizer(tmp_path: Path) -> None
             train_dataset=[],
             callbacks=[TMKLCallback(OPTIONS, anchors="auto")],
         )
+
+
+def test_a_trainer_whose_loader_collates_in_its_own_way_is_stopped_before_its_first_step(tmp_path: Path) -> None:
+    class OwnLoader(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(self.train_dataset, batch_size=2, collate_fn=collator)
+
+    tokenizer = _tokenizer()
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([1, 5, 6, 7], [1, 8, 9])]
+    trainer = OwnLoader(
+        model=with_lora(toy_llama()),
+        args=_arguments(tmp_path, max_steps=1),
+        train_dataset=rows,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[TMKLCallback(OPTIONS, anchors=Anchors(count=4, length=4))],
+    )
+    with pytest.raises(RuntimeError, match=r"get_train_dataloader doesn't collate with its data_collator"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- budget

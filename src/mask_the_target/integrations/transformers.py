@@ -56,8 +56,9 @@ class TMKLCallback(TrainerCallback):
         ValueError: at once for anchors or a budget without a ``context_weight``; when the trainer is built, for what
             :func:`~mask_the_target.attach` refuses and for ``label_smoothing_factor``, ``loss_type="dft"``,
             ``nn.DataParallel`` and anchors that can't be had.
-        RuntimeError: in the first step (which is logged for that), when the loss that the trainer backpropagates is not
-            ours; later, when a training forward comes without labels or bypasses ours.
+        RuntimeError: before the first step, when the batches would hold no anchors, since the trainer doesn't collate
+            with its ``data_collator``; in that step (which is logged for that), when the loss that the trainer
+            backpropagates is not ours; later, when a training forward comes without labels or bypasses ours.
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class TMKLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _check_arguments(args)
+        if self._anchors is not None:
+            _require_anchors(kwargs["train_dataloader"])
         self._release()  # an earlier train() may have been interrupted
         model = kwargs["model"]
         inner, configs = unwrap(model)
@@ -289,6 +292,18 @@ def _check_logged(logged: float, ours: float, steps: int) -> None:
             f"the trainer logged a loss of {logged:.4f} over its first {steps} steps, but {ours:.4f} was "
             "backpropagated through TMKL's: it adds to it, or trains on another. Check for a subclass of the trainer "
             "that changes compute_loss."
+        )
+
+
+def _require_anchors(dataloader: Any) -> None:
+    collator = getattr(dataloader, "collate_fn", None)
+    while collator is not None and not isinstance(collator, AnchorCollator):
+        collator = getattr(collator, "data_collator", None)  # as transformers' RemoveColumnsCollator has it
+    if collator is None:
+        raise RuntimeError(
+            "the trainer's get_train_dataloader doesn't collate with its data_collator, so no anchor would be in a "
+            "batch. Collate there with AnchorCollator(collator, sequences) of mask_the_target.anchors, and leave "
+            "anchors= out."
         )
 
 
