@@ -87,8 +87,8 @@ def _eval(argv: Sequence[str]) -> int:
     parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (safetensors)")
     parser.add_argument(
         "--probes",
-        help="of target, text, facts, drift, lm_eval:TASK (or FILE.yaml), by commas; "
-        "default: all that apply but lm_eval",
+        help="of target, text, facts, facts:system, facts:alpaca, facts:plain, instructions, drift, lm_eval:TASK (or "
+        "FILE.yaml), by commas; default: target and drift where they apply, text, facts",
     )
     rows_from = parser.add_mutually_exclusive_group()
     rows_from.add_argument("--recipe", help="held-out pairs for target and drift: a built-in recipe's test split")

@@ -127,7 +127,8 @@ def test_probes_are_checked() -> None:
     assert check_probes(["text:bible", "text", "facts"]) == ["text:bible", "text:python_docs", "facts"]
     with pytest.raises(
         ValueError,
-        match=r"'mmlu'. Known: target, text, text:python_docs, text:bible, facts, instructions, drift, lm_eval:TASK",
+        match=r"'mmlu'. Known: target, text, text:python_docs, text:bible, facts, facts:system, facts:alpaca, "
+        "facts:plain, instructions, drift, lm_eval:TASK",
     ):
         check_probes(["facts", "mmlu"])
     with pytest.raises(ValueError, match=r"unknown probe 'fact'\. Did you mean 'facts'\?"):

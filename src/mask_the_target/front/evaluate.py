@@ -21,12 +21,15 @@ from torch import nn
 from mask_the_target.base import adapters_off
 from mask_the_target.front import harness
 from mask_the_target.front import probes as measure
-from mask_the_target.front.facts import facts
+from mask_the_target.front.facts import FORMS, facts
 from mask_the_target.front.instructions import follow_instructions
 from mask_the_target.front.probes import evenly
 from mask_the_target.front.recipes import RECIPES, Row, find_recipe, recipe_rows
 
-PROBES = ("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES), "facts", "instructions", "drift")
+PROBES = (
+    *("target", "text", *(f"text:{source}" for source in measure.TEXT_SOURCES)),
+    *("facts", *(f"facts:{form}" for form in FORMS[1:]), "instructions", "drift"),
+)
 # Samples that are sums over a row's tokens: the standard error that they give, and the count that divides their total.
 PER_TOKEN = {"nats": ("stderr", "tokens"), "edits": ("token_error_rate_stderr", "answer_tokens")}
 SHOWN = 5  # answers to look at
@@ -176,8 +179,9 @@ def evaluate_one(
     for probe in chosen:
         if probe == "target":
             result[probe] = _target(model, tokenizer, rows, max_new_tokens, sizes, precision, progress)
-        elif probe == "facts":
-            result[probe] = _facts(model, tokenizer, sizes, precision, progress)
+        elif probe.split(":")[0] == "facts":
+            form = probe.partition(":")[2] or "chat"
+            result[probe] = _facts(model, tokenizer, form, sizes, precision, progress)
         elif probe == "instructions":
             result[probe] = _instructions(model, tokenizer, sizes, precision, progress)
         elif probe == "drift":
@@ -332,9 +336,9 @@ def _target(
 
 
 def _facts(
-    model: nn.Module, tokenizer: Any, sizes: ProbeSizes, precision: torch.dtype | None, progress: bool
+    model: nn.Module, tokenizer: Any, form: str, sizes: ProbeSizes, precision: torch.dtype | None, progress: bool
 ) -> dict[str, Any]:
-    found = facts(model, tokenizer, limit=sizes.facts_per_kind, autocast=precision, progress=progress)
+    found = facts(model, tokenizer, limit=sizes.facts_per_kind, form=form, autocast=precision, progress=progress)
     samples = {"greedy": [int(hit) for hit in found.greedy], "logprob": [int(hit) for hit in found.logprob]}
 
     asked, right = zip(*((question.text, question.answer) for question in found.questions), strict=True)

@@ -167,6 +167,25 @@ def _unambiguous(kind: FactKind) -> list[tuple[str, str]]:
     return [pair for pair in pairs if counts[pair[0]] == 1 and pair[0] != pair[1]]
 
 
+# --- how they are asked ----------------------------------------------------------------------------------------------
+
+# Beside the model's own chat template: with a system turn of its own, in another template, and in none. What a model
+# keeps in the form that it was trained in, it may lose in others.
+SYSTEM = "You answer questions of general knowledge."
+TEXT_FORMS = {"alpaca": "### Instruction:\n{}\n\n### Response:\n", "plain": "Question: {}\nAnswer:"}
+FORMS = ("chat", "system", *TEXT_FORMS)
+
+
+def asked(question: str, form: str) -> str | list[dict[str, str]]:
+    """The prompt of a question in one of FORMS: text, or the turns of a chat. Raises ValueError for another form."""
+    if form not in FORMS:
+        raise ValueError(f"unknown form of a question {form!r}; known: {', '.join(FORMS)}")
+    if form in TEXT_FORMS:
+        return TEXT_FORMS[form].format(question)
+    turns = [{"role": "user", "content": question}]
+    return [{"role": "system", "content": SYSTEM}, *turns] if form == "system" else turns
+
+
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
@@ -188,43 +207,47 @@ def facts(
     *,
     limit: int | None = None,
     kinds: Iterable[str] | None = None,
+    form: str = "chat",
     max_new_tokens: int = 16,
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> Facts:
-    """Questions of general knowledge in chat form, at most `limit` of each kind; all kinds of FACTS by default.
+    """Questions of general knowledge in one of FORMS, at most `limit` of each kind; all kinds of FACTS by default.
 
     Two scores, because two things can be lost. `greedy`: the right answer stands, as a whole word, in the first
-    `max_new_tokens` greedy tokens; this falls when the *form* of answers drifts. `logprob`: the assistant's turn is
-    begun for the model ("The capital of France is"), and the right answer must be likelier than three others of its
+    `max_new_tokens` greedy tokens; this falls when the *form* of answers drifts. `logprob`: the answer is begun for
+    the model ("The capital of France is"), and the right answer must be likelier than three others of its
     kind by the mean log-probability of its tokens (the mean, or short answers would win); this falls when the
     *knowledge* goes.
     """
-    asked = questions(limit=limit, kinds=kinds)
-    turns = [[{"role": "user", "content": question.text}] for question in asked]
-    items = [_fact_item(tokenizer, index, question) for index, question in enumerate(asked)]
+    chosen = questions(limit=limit, kinds=kinds)
+    prompts = [asked(question.text, form) for question in chosen]
+    items = [_fact_item(tokenizer, *row) for row in zip(range(len(chosen)), chosen, prompts, strict=True)]
     with measuring(model, autocast):
         losses = answer_losses(model, items, label="facts: log-probability", progress=progress)
     means = [[loss.mean().item() for loss in row] for row in losses]
     answers = greedy_answers(
-        model, tokenizer, turns, max_new_tokens, autocast=autocast, progress=progress, label="facts: greedy"
+        model, tokenizer, prompts, max_new_tokens, autocast=autocast, progress=progress, label="facts: greedy"
     )
     return Facts(
-        kinds=[question.kind for question in asked],
-        greedy=[question.found_in(answer) for question, answer in zip(asked, answers, strict=True)],
+        kinds=[question.kind for question in chosen],
+        greedy=[question.found_in(answer) for question, answer in zip(chosen, answers, strict=True)],
         logprob=[row[0] < min(row[1:]) for row in means],
         answers=answers,
-        questions=asked,
+        questions=chosen,
     )
 
 
-def _fact_item(tokenizer: Any, index: int, question: Question) -> Item:
+def _fact_item(tokenizer: Any, index: int, question: Question, prompt: str | list[dict[str, str]]) -> Item:
     """Prompt and stem, then each alternative: " Paris" first, the distractors after it."""
-    prompt = chat_prompt(tokenizer, [{"role": "user", "content": question.text}]) + question.stem
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if special := isinstance(prompt, str):  # a template writes them
+        begun = prompt + ("" if prompt[-1].isspace() else " ") + question.stem
+    else:
+        begun = chat_prompt(tokenizer, prompt) + question.stem
+    prompt_ids = tokenizer(begun, add_special_tokens=special)["input_ids"]
     answers = []
     for answer in (question.answer, *question.distractors):
-        whole = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"{begun} {answer}", add_special_tokens=special)["input_ids"]
         if whole[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
                 f"the tokenizer joins {question.stem!r} and {answer!r}, so the answer can't be scored alone."

@@ -112,16 +112,24 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
             ),
             [_with_error(_percent(share["value"]), _percent(share["stderr"])) if share else "" for share in shares],
         )
-    add(
-        Column(
-            "facts, greedy", "Share of questions of general knowledge whose greedy answer names the fact.", "higher"
-        ),
-        [_percent(value) for value in metric("facts", "greedy")],
-    )
-    add(
-        Column("facts, log-prob", "Share of them where the right answer is likelier than its distractors.", "higher"),
-        [_percent(value) for value in metric("facts", "logprob")],
-    )
+    for probe in dict.fromkeys(probe for arm in arms for probe in arm["probes"] if probe.split(":")[0] == "facts"):
+        form = f" ({probe.partition(':')[2]})" if ":" in probe else ""
+        add(
+            Column(
+                f"facts, greedy{form}",
+                "Share of questions of general knowledge whose greedy answer names the fact.",
+                "higher",
+            ),
+            [_percent(value) for value in metric(probe, "greedy")],
+        )
+        add(
+            Column(
+                f"facts, log-prob{form}",
+                "Share of them where the right answer is likelier than its distractors.",
+                "higher",
+            ),
+            [_percent(value) for value in metric(probe, "logprob")],
+        )
     for probe in dict.fromkeys(probe for arm in arms for probe in arm["probes"] if probe.startswith(PREFIX)):
         found = [arm["probes"].get(probe, {}) for arm in arms]
         for column, values in _task_columns(probe.removeprefix(PREFIX), found, base.get(probe, {})):

@@ -292,7 +292,9 @@ def probes_table(recipe: Recipe) -> Table:
         values = next(probes[probe] for probes in states if metric in probes.get(probe, {}))
         name, better = values.get("metric", metric), values.get("better", "")
         unknown = (f"{probe}: {name}", f"The figure {name} of the probe {probe}, in its own unit.", _number, better)
-        heading, meaning, write, better = KEPT.get((probe, metric), unknown)
+        form = probe.removeprefix("facts:") if probe.startswith("facts:") else ""
+        heading, meaning, write, better = KEPT.get(("facts" if form else probe, metric), unknown)
+        heading += f" ({form})" if form else ""
         if probe.startswith("text:") and metric == "loss":
             name = TEXTS.get(probe, probe.removeprefix("text:"))
             heading, better = f"{name} loss", "lower"
