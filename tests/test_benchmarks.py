@@ -2,6 +2,8 @@
 
 import csv
 import mmap
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks import loss, measure, step
+from benchmarks import loss, measure, scaling, step
 
 from mask_the_target import target_masked_kl
 
+ROOT = Path(__file__).resolve().parent.parent
 # Where each form's package is another than ours.
 PACKAGES = {"liger": "liger_kernel", "liger_triton": "liger_kernel", "trl_fused_ce": "trl", "trl_fused_kl": "trl"}
 ON_CPU = [name for name, form in loss.FORMS.items() if not form.only_on and form.computes != "products"]
@@ -195,3 +198,48 @@ def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.main(["--steps", "2"])
     assert "the first 2 steps are not counted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", scaling.METHODS)
+def test_a_step_has_the_operations_that_the_formula_says(method: str, checkpointing: bool) -> None:
+    for supervised in (252, 64):  # all, and a quarter, of 4 sequences of 64
+        sizes: Any = (method, 4, 64, supervised)
+        counted = scaling.counted_operations(*sizes, checkpointing=checkpointing)
+        assert counted == scaling.operations(scaling.TOY, *sizes, checkpointing=checkpointing)
+
+
+def test_a_rank_receives_the_bytes_that_the_formula_says() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "benchmarks.scaling", "--count-received"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ratios = [float(line.split()[-1]) for line in done.stdout.splitlines() if "bytes received" in line]
+    assert ratios == [pytest.approx(1, abs=0.002)] * len(scaling.METHODS)  # norms, and padding to equal shards
+
+
+def test_a_models_weights_are_counted() -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    for name, shape in {"toy": scaling.TOY, **scaling.SHAPES}.items():
+        if name == "toy":
+            model = scaling.toy()
+        else:
+            config = AutoConfig.for_model(
+                "llama",
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                vocab_size=shape.vocabulary,
+                tie_word_embeddings=shape.tied,
+            )
+            with torch.device("meta"):
+                model = LlamaForCausalLM(config)
+        norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+        trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        assert sum(p.numel() for p in model.parameters()) - norms - trained == shape.parameters
+        assert trained == (shape.trained if name == "toy" else 0)
