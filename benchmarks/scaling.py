@@ -81,7 +81,8 @@ def operations(
 
     Args:
         sequences, length: of the step, on one rank; attention is counted over all pairs of positions.
-        supervised: positions with a target. Plain training takes the logits of every position, as transformers does.
+        supervised: positions with a target, and with ``context_weight`` those of the prompt as well. Plain training
+            takes the logits of every position, as transformers does.
         checkpointing: the blocks' forward is run again in the backward.
     """
     tokens = sequences * length
@@ -193,18 +194,21 @@ def data(shape: Shape, sequences: int, length: int, supervised: int) -> dict[str
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def with_method(model: Any, method: str, batch: dict[str, Tensor]) -> None:
+def with_method(model: Any, method: str, batch: dict[str, Tensor], context_weight: float = 0.0) -> None:
     """Attach, and for the cache fill it, so that the next step is one that reads."""
-    from mask_the_target import attach
+    from mask_the_target import TMKL, attach
 
     if method == "plain":
         return
-    attach(model, base="cached" if method == "tmkl, cached" else "auto")
+    options = TMKL(context_weight=context_weight)
+    attach(model, options, base="cached" if method == "tmkl, cached" else "auto")
     model(**batch).loss.backward()
     model.zero_grad()
 
 
-def counted_operations(method: str, sequences: int, length: int, supervised: int, *, checkpointing: bool) -> float:
+def counted_operations(
+    method: str, sequences: int, length: int, supervised: int, *, checkpointing: bool, context_weight: float = 0.0
+) -> float:
     """What torch's profiler counts in the products of one step."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -213,7 +217,7 @@ def counted_operations(method: str, sequences: int, length: int, supervised: int
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     batch = data(TOY, sequences, length, supervised)
-    with_method(model, method, batch)
+    with_method(model, method, batch, context_weight)
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as found:
         model(**batch).loss.backward()
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

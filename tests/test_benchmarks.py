@@ -209,6 +209,12 @@ def test_a_step_has_the_operations_that_the_formula_says(method: str, checkpoint
         assert counted == scaling.operations(scaling.TOY, *sizes, checkpointing=checkpointing)
 
 
+@pytest.mark.parametrize("method", scaling.METHODS[1:])
+def test_context_costs_the_heads_products_on_its_rows_alone(method: str) -> None:
+    counted = scaling.counted_operations(method, 4, 64, 64, checkpointing=False, context_weight=1.0)
+    assert counted == scaling.operations(scaling.TOY, method, 4, 64, 4 * 63)  # whatever has a token after it
+
+
 def test_a_rank_receives_the_bytes_that_the_formula_says() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
