@@ -12,7 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from conftest import toy_llama, with_lora
 from mask_the_target.base import adapters_off
@@ -148,9 +157,10 @@ def test_no_rows_are_refused() -> None:
 # --- greedy answers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["full attention", "sliding window"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_answers_are_those_of_generate_row_by_row(seed: int) -> None:
-    model, tokenizer = toy(), character_tokenizer()
+def test_greedy_answers_are_those_of_generate_row_by_row(seed: int, kind: str) -> None:
+    model, tokenizer = toy() if kind == "full attention" else toy_with_window(), character_tokenizer()
     model.generation_config.do_sample, model.generation_config.repetition_penalty = True, 1.5  # must not matter
     with torch.no_grad():  # so that some rows end early and others don't
         model.lm_head.weight[tokenizer.eos_token_id] *= 2
@@ -171,6 +181,24 @@ def test_greedy_answers_are_those_of_generate_row_by_row(seed: int) -> None:
         expected.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
     assert found == expected
     assert len({len(answer) for answer in found}) > 1
+
+
+def toy_with_window() -> Any:
+    config = toy().config.to_dict() | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    config |= {"use_sliding_window": True}
+    for name in ("model_type", "architectures", "transformers_version"):
+        config.pop(name, None)
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**config))
+
+
+def test_only_prompts_whose_padding_is_left_out_are_padded() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=200, hidden_size=16, n_layer=1, n_head=2))  # positions by the mask
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=200, hidden_size=16, num_hidden_layers=1, state_size=4))
+    for model, padded in ((toy(), True), (toy_with_window(), False), (bloom, False), (mamba, False)):
+        with torch.no_grad():
+            prefix = probes._shared_prefix(model, [[5, 6, 7], [5, 6, 8, 9]])
+        assert prefix.takes_padding(model) is padded, type(model).__name__
 
 
 def test_an_end_of_turn_that_only_the_model_knows_ends_an_answer() -> None:

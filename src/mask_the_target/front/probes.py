@@ -4,9 +4,10 @@ Every probe is a pure function of (model, tokenizer, data): no gradients, no sam
 restored. Losses are in nats. Each result carries per-sample values, so that two states of one model can be compared
 pair by pair (`paired_stderr`).
 
-How it is fast on a CPU: prompts of equal length run together (so no padding ever enters a prompt, and a batch gives
-what single rows give), the tokens that all prompts begin with (a chat template's system turn) run once, alternatives to
-one prompt share its pass, and logits are built only where something is scored.
+How it is fast on a CPU: prompts of equal length run together (so no padding enters a prompt, and a batch gives what
+single rows give), and answers are written for prompts of any length together where attention alone sees the padding and
+leaves it out; the tokens that all prompts begin with (a chat template's system turn) run once, alternatives to one
+prompt share its pass, and logits are built only where something is scored.
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ class _Prefix:
     tokens: list[int]
     cache: Any
 
+    def takes_padding(self, model: nn.Module) -> bool:
+        """Whether padding behind these tokens changes nothing: full attention in all layers, and positions as given.
+
+        A sliding window would count the padding, and a recurrent layer would read it.
+        """
+        from transformers.cache_utils import DynamicLayer
+
+        named = inspect.signature(type(unwrap(model)[0]).forward).parameters
+        full = all(type(layer) is DynamicLayer for layer in self.cache.layers) and bool(self.cache.layers)
+        return full and {"attention_mask", "position_ids"} <= set(named)
+
     def repeated(self, batch: int) -> Any:
         cache = copy.deepcopy(self.cache)
         if self.tokens:
@@ -118,14 +130,14 @@ class Item:
     answers: list[list[int]]
 
 
-def _batches(items: Iterable[Item], max_rows: int) -> list[list[Item]]:
-    """Items of one prompt length together, at most `max_rows` scored positions (padded) in a batch."""
+def _batches(items: Iterable[Item], max_rows: int, *, any_length: bool = False) -> list[list[Item]]:
+    """Items of one prompt length (or of any) together, at most `max_rows` scored positions (padded) in a batch."""
     batches: list[list[Item]] = []
     for item in sorted(items, key=lambda item: (len(item.prompt), max(map(len, item.answers)), item.index)):
         last = batches[-1] if batches else []
         longest = max(map(len, item.answers))  # the longest of the batch, in this order
         rows = longest * sum(len(other.answers) for other in [*last, item])
-        if last and len(last[0].prompt) == len(item.prompt) and rows <= max_rows:
+        if last and (any_length or len(last[0].prompt) == len(item.prompt)) and rows <= max_rows:
             last.append(item)
         else:
             batches.append([item])
@@ -276,25 +288,38 @@ def greedy_answers(
     answers: list[list[int]] = [[] for _ in items]
     with measuring(model, autocast), tqdm(total=len(items), desc=label, disable=not progress) as bar:
         prefix = _shared_prefix(model, [item.prompt for item in items])
-        for batch in _batches(items, batch_size):
+        start, any_length = len(prefix.tokens), prefix.takes_padding(model)
+        for batch in _batches(items, batch_size, any_length=any_length):
             cache = prefix.repeated(len(batch))
-            ids = _ids(model, [item.prompt[len(prefix.tokens) :] for item in batch])
+            longest = max(len(item.prompt) for item in batch)
+            ids = _ids(model, [[0] * (longest - len(item.prompt)) + item.prompt[start:] for item in batch])
+            padding = torch.tensor([longest - len(item.prompt) for item in batch], device=ids.device)
             running = [item.index for item in batch]
             for _ in range(max_new_tokens):
-                chosen = _forward(model, ids, cache, logits_to_keep=1)[:, -1].argmax(-1)
+                where = _beside_padding(padding, start, cache.get_seq_length() + ids.shape[1], ids.shape[1])
+                chosen = _forward(model, ids, cache, logits_to_keep=1, **where)[:, -1].argmax(-1)
                 going = [place for place, token in enumerate(chosen.tolist()) if token not in ends]
                 if len(going) < len(running):  # finished rows leave the batch
                     if not going:
                         break
                     places = torch.tensor(going, device=chosen.device)
                     cache.batch_select_indices(places)
-                    chosen = chosen[places]
+                    chosen, padding = chosen[places], padding[places]
                     running = [running[place] for place in going]
                 for index, token in zip(running, chosen.tolist(), strict=True):
                     answers[index].append(token)
                 ids = chosen[:, None]
             bar.update(len(batch))
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def _beside_padding(padding: Tensor, start: int, seen: int, new: int) -> dict[str, Tensor]:
+    """Mask [n, seen] and positions [n, new] of rows with `padding` [n] tokens from `start` on; nothing without any."""
+    if not padding.any():
+        return {}
+    places = torch.arange(seen, device=padding.device)
+    real = (places < start) | (places >= start + padding[:, None])
+    return {"attention_mask": real.long(), "position_ids": (real.cumsum(1) - 1).clamp_min(0)[:, seen - new :]}
 
 
 def _as_list(value: Any) -> list[Any]:
