@@ -561,7 +561,7 @@ def attach(
         full_kl: also measure the full-vocabulary KL at each step, in ``attachment.last.full_kl``.
 
     Returns:
-        :class:`Attachment`; ``with attach(model): ...`` detaches at the end.
+        An :class:`Attachment`; ``with attach(model): ...`` detaches at the end.
 
     Raises:
         ValueError: where the loss or the base would not be exact: no head, no adapter, a merged or prompt-learning

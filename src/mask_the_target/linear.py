@@ -79,7 +79,7 @@ def linear_target_masked_kl(
             memory, but a floor under small KLs (about 1e-5 nats at a peak logit of 20). Float32 by default.
 
     Returns:
-        :class:`~mask_the_target.objective.TMKLResult`. Statistics are float32 whatever the inputs' dtype (float64 for
+        A :class:`~mask_the_target.objective.TMKLResult`. Statistics are float32 whatever the inputs' dtype (float64 for
         float64); bfloat16 and float16 products are accumulated into float32 logits.
 
     Raises:

@@ -168,7 +168,7 @@ def target_masked_kl(
         token_weights: ``[N]``, a factor of each row's CE and KL; 1 by default. The denominator doesn't change.
 
     Returns:
-        :class:`TMKLResult`. With no supervised row the loss is a differentiable 0.
+        A :class:`TMKLResult`. With no supervised row the loss is a differentiable 0.
 
     Raises:
         ValueError: if shapes don't match, or a label lies outside the vocabulary.

@@ -132,7 +132,7 @@ def find_shared_prefix(model: nn.Module, run: Callable[[], Tensor]) -> SharedPre
         run: runs the model's forward on a probe (without cache) and gives what reaches the head, ``[B, T, d]``.
 
     Returns:
-        :class:`SharedPrefix`, or None where the first layer is adapted already, anything else before it is, or one of
+        A :class:`SharedPrefix`, or None where the first layer is adapted already, anything else before it is, or one of
         these proofs fails. Then nothing is shared, which costs time only.
     """
     with evaluating(model), warnings.catch_warnings():

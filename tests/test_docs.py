@@ -1,0 +1,75 @@
+"""What the README and the documentation tell people to write: it compiles, resolves, and is taken."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mask_the_target.cli import COMMANDS
+from mask_the_target.integrations.settings import KEYS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Page and text of each code block, with the files that it includes."""
+    for page in PAGES:
+        for found in re.finditer(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.M | re.S):
+            lines = [line.removeprefix(found[1]) for line in found[2].splitlines()]
+            text = "\n".join(lines)
+            included = re.sub(r'^--8<-- "(.*)"$', lambda name: (ROOT / name[1]).read_text(), text, flags=re.M)
+            yield page.name, included
+
+
+def test_python_compiles_and_our_names_are_there() -> None:
+    imported = set()
+    for page, text in blocks("python"):
+        tree = ast.parse(text, page)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mask_the_target"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{page}: {node.module} has no {name.name}"
+                    imported.add(name.name)
+    assert {"TMKL", "TMKLCallback", "attach"} <= imported
+
+
+def test_commands_are_there() -> None:
+    found = set()
+    for page, text in blocks("sh"):
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["mtt"]:
+                assert words[1] in COMMANDS, f"{page}: {line}"
+                found.add(words[1])
+    assert {"train", "eval", "sweep", "report", "demo"} <= found
+
+
+def test_yaml_is_yaml_and_our_keys_are_taken() -> None:
+    found = set()
+    for page, text in blocks("yaml"):
+        for key in yaml.safe_load(text):
+            if key.startswith("tmkl"):
+                assert key in KEYS, f"{page}: {key}"
+                found.add(key)
+    assert "tmkl_weight" in found
+
+
+def test_each_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f": {page.name}\n" not in navigation] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_linked_exist(page: Path) -> None:
+    """The site's own links are checked when it is built; these are read in the repository as well."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
