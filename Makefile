@@ -45,7 +45,7 @@ compatibility: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -m compatibility $(ARGS)
 
 # Frameworks whose pins conflict with ours, each in an environment of its own. One: make integrations FRAMEWORKS=axolotl
-FRAMEWORKS ?= axolotl llamafactory swift
+FRAMEWORKS ?= axolotl llamafactory swift deepspeed
 integrations: $(FRAMEWORKS:%=.venv-integrations/%/.installed)
 	set -e; for name in $(FRAMEWORKS); do .venv-integrations/$$name/bin/python -m pytest tests/frameworks/test_$$name.py $(ARGS); done
 

@@ -129,10 +129,16 @@ def find_head(model: nn.Module) -> nn.Module:
             "Load it as a causal LM, for example with AutoModelForCausalLM."
         )
     linear = base_layer(head)
-    if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
+    if not isinstance(getattr(linear, "weight", None), Tensor):
         raise ValueError(
             f"the head of {type(model).__name__} is a {type(linear).__name__} without a [vocabulary, hidden] weight; "
-            "only linear heads are supported. A sharded model must be attached to before it is wrapped."
+            "only linear heads are supported."
+        )
+    if linear.weight.dim() != 2:  # what ZeRO-3 and FSDP1 leave in a weight's place
+        raise ValueError(
+            f"{type(model).__name__} is partitioned already (ZeRO-3, FSDP): its head's weight has the shape "
+            f"{list(linear.weight.shape)} here. In a loop of your own, attach before the model is wrapped; with a "
+            "trainer, use ZeRO-2 or DDP."
         )
     return head
 
