@@ -62,8 +62,8 @@ class Anchors:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ValueError(f"Anchors: share={self.share} must lie between 0 and 1: it is a part of a batch's tokens.")
+        if not isinstance(self.share, (int, float)) or not 0 < self.share < 1:
+            raise ValueError(f"Anchors: share={self.share!r} must lie between 0 and 1: a part of a batch's tokens.")
         for name in ("count", "length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"Anchors: {name}={getattr(self, name)} must be at least 2.")
@@ -272,7 +272,8 @@ class AnchorCollator:
     loader processes.
 
     Args:
-        collator: makes tensors of a list of tokenised rows, with ``labels`` among them.
+        collator: makes tensors of a list of tokenised rows, with ``labels`` among them; or of lists of the documents
+            that are packed into one row each, as axolotl's does.
         anchors: token ids of each.
         share: of the batch's tokens that are anchors, on average.
 
@@ -281,25 +282,33 @@ class AnchorCollator:
             collator makes targets of the anchors.
     """
 
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collator: Callable[[list[Any]], dict[str, Any]]
     anchors: Sequence[list[int]]
     share: float = 0.25
     seed: int = 0
     _checked: bool = field(default=False, init=False, repr=False)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        unknown = [name for name in rows[0] if name not in _FEATURES]
-        if unknown:
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        packed = isinstance(rows[0], list)
+        parts: list[list[dict[str, Any]]] = rows if packed else [rows]
+        names = list(parts[0][0])
+        unknown = [name for name in names if name not in _FEATURES]
+        if any(_holds(row.get(name)) for part in parts for row in part for name in unknown):
             raise ValueError(
                 f"anchors can't be added to these batches: their rows hold {', '.join(unknown)}, which an anchor of "
                 "text alone hasn't got. Train without anchors; context_weight holds the prompts."
             )
-        without_labels = not {"labels", "completion_mask", "assistant_masks"} & set(rows[0])
-        if without_labels:
-            rows = [{**row, "labels": list(row["input_ids"])} for row in rows]  # what TRL takes them to be
-        added = [{name: _FEATURES[name](ids) for name in rows[0]} for ids in self._chosen(rows)]
+        without_labels = not {"labels", "completion_mask", "assistant_masks"} & set(names)
+        if without_labels:  # what TRL takes them to be
+            parts = [[{**row, "labels": list(row["input_ids"])} for row in part] for part in parts]
+            names.append("labels")
+        mixed = []
+        for part in parts:
+            chosen = self._chosen(part)
+            added = [{name: _FEATURES[name](ids) if name in _FEATURES else None for name in names} for ids in chosen]
+            mixed.append([*map(dict, part), *added])  # of copies: collators pad a row's lists in place
         try:
-            batch = self.collator([*rows, *added])
+            batch = self.collator(mixed if packed else mixed[0])
         except ValueError as error:
             if not without_labels:
                 raise
@@ -307,7 +316,8 @@ class AnchorCollator:
                 f"the collator can't pad labels, which anchors need, so that they are not learned ({error}). {REMEDY}"
             ) from error
         if not self._checked:
-            self._check(batch, self.collator(list(rows)))
+            plain = [[dict(row) for row in part] for part in parts]
+            self._check(batch, self.collator(plain if packed else plain[0]))
             self._checked = True
         return batch
 
@@ -333,3 +343,8 @@ class AnchorCollator:
                 "input_ids, so that they would be learned. "
                 f"{REMEDY}"
             )
+
+
+def _holds(value: Any) -> bool:
+    """Whether a row's feature is there: LLaMA-Factory's rows of text have images, videos and audios, which are None."""
+    return value is not None and not (isinstance(value, list) and not value)

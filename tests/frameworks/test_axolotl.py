@@ -16,6 +16,12 @@ from mask_the_target import TMKL
 from mask_the_target.integrations.axolotl import TMKLArgs
 from mask_the_target.integrations.settings import KEYS, callback_from
 
+PACKED = {
+    "sample_packing": True,
+    "micro_batch_size": 1,
+    "pad_to_sequence_len": False,
+    "attn_implementation": "sdpa",
+}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "axolotl.yaml"
 
 
@@ -54,8 +60,10 @@ def _overrides(tmp_path: Path) -> dict[str, Any]:
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
         {"sample_packing": True, "micro_batch_size": 1, "attn_implementation": "sdpa"},
         {"tmkl_weight": 0.5, "tmkl_divergence": "jsd", "tmkl_temperature": 2.0, "tmkl_context_weight": 0.3},
+        {"tmkl_context_weight": 0.3, "tmkl_anchors": "auto", "gradient_accumulation_steps": 2},
+        {"tmkl_context_weight": 0.3, "tmkl_anchors": "auto", "tmkl_anchor_share": 0.5, **PACKED},
     ],
-    ids=["example", "accumulation", "packing", "options"],
+    ids=["example", "accumulation", "packing", "options", "anchors", "anchors-packing"],
 )
 def test_the_example_trains_on_the_reference_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -64,9 +72,13 @@ def test_the_example_trains_on_the_reference_loss(
     monkeypatch.setattr("sys.argv", ["axolotl"])
     recorder = Recorder(monkeypatch)
     do_cli(str(EXAMPLE), **_overrides(tmp_path), **settings)
-    options = TMKL(**{key.removeprefix("tmkl_"): value for key, value in settings.items() if key.startswith("tmkl_")})
+    anchors = "tmkl_anchors" in settings
+    ours = {key.removeprefix("tmkl_"): value for key, value in settings.items() if key.startswith("tmkl_")}
+    options = TMKL(**{key: value for key, value in ours.items() if not key.startswith("anchor")})
     accumulation = settings.get("gradient_accumulation_steps", 1)
     recorder.check(tmp_path / "toy", options, steps=3, accumulation=accumulation)
+    if anchors:
+        recorder.check_anchors(tmp_path / "toy", tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -77,8 +89,29 @@ def test_the_example_trains_on_the_reference_loss(
         ({"tmkl_weight": -1.0}, "weight=-1.0 is not possible; it must be >= 0"),
         ({"tmkl_divergence": "backward"}, "divergence='backward' is unknown; choose one of 'forward'"),
         ({"tmkl_base": "of"}, "tmkl_base is 'of'; choose one of auto, off, initial, cached"),
-        ({"use_eaft": True}, "use_eaft: True makes axolotl train on another loss than the model's own"),
-        ({"rl": "kto"}, "rl: 'kto' makes axolotl train on another loss than the model's own"),
+        ({"tmkl_anchors": "auto"}, "without a context_weight has no effect"),
+        ({"tmkl_context_weight": 1, "tmkl_anchors": "none.jsonl"}, "Anchors: there is no file 'none.jsonl'"),
+        ({"tmkl_context_weight": 1, "tmkl_anchors": False}, "tmkl_anchors is False; give auto, none, or a file"),
+        ({"tmkl_anchor_share": 0.5}, "tmkl_anchor_share is 0.5, and there are no anchors. Set tmkl_anchors: auto."),
+        ({"tmkl_context_weight": 1, **PACKED, "pad_to_sequence_len": True}, "Set pad_to_sequence_len: false and micro"),
+        ({"tmkl_context_weight": 1, **PACKED, "micro_batch_size": 2}, "would take padding for a prompt"),
+        (
+            {"tmkl_context_weight": 1, "pretraining_dataset": [{"path": "none"}]},
+            "pretraining_dataset is packed while it is streamed",
+        ),
+        *(
+            ({key: value}, f"{key}: {value!r} makes axolotl train on another loss than the model's own")
+            for key, value in (
+                ("rl", "kto"),
+                ("reward_model", True),
+                ("process_reward_model", True),
+                ("orpo_alpha", 0.1),
+                ("use_eaft", True),
+                ("kd_trainer", True),
+                ("diffusion", {"noise_schedule": "linear"}),
+                ("hatchery", {"base_url": "http://localhost"}),
+            )
+        ),
         ({"relora": True}, "relora merges the adapter into the base's weights"),
         ({"adapter": None}, "no adapter is set, which asks for a full fine-tune"),
     ],

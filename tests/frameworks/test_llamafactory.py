@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("llamafactory")
 
@@ -41,8 +42,10 @@ def _beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
         {"gradient_accumulation_steps": 2, "lora_dropout": 0.0},
         {"packing": "true", "neat_packing": "true", "per_device_train_batch_size": 1},
         {"tmkl_weight": 0.5, "tmkl_divergence": "jsd", "tmkl_temperature": 2.0, "tmkl_exclude_base_above": 0.5},
+        {"tmkl_context_weight": 0.3, "tmkl_anchors": "auto", "gradient_accumulation_steps": 2},
+        {"tmkl_context_weight": 0.3, "packing": "true", "per_device_train_batch_size": 1},
     ],
-    ids=["example", "accumulation", "packing", "options"],
+    ids=["example", "accumulation", "packing", "options", "anchors", "context-packing"],
 )
 def test_the_example_trains_on_the_reference_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -50,9 +53,12 @@ def test_the_example_trains_on_the_reference_loss(
     write_toy(tmp_path / "toy")
     recorder = Recorder(monkeypatch)
     assert main(_arguments(tmp_path, **settings)) == 0
+    anchors = settings.pop("tmkl_anchors", None)
     options = TMKL(**{key.removeprefix("tmkl_"): value for key, value in settings.items() if key.startswith("tmkl_")})
     accumulation = settings.get("gradient_accumulation_steps", 1)
     recorder.check(tmp_path / "toy", options, steps=3, accumulation=accumulation)
+    if anchors:
+        recorder.check_anchors(tmp_path / "toy", tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -63,9 +69,13 @@ def test_the_example_trains_on_the_reference_loss(
         ({"tmkl_weight": "much"}, "TMKL: weight='much' is not possible; it must be >= 0"),
         ({"stage": "dpo"}, "stage is 'dpo', whose loss is not the model's own"),
         ({"finetuning_type": "full"}, "finetuning_type is 'full', which trains the base's own weights"),
-        ({"use_dft_loss": "true"}, "use_dft_loss makes LLaMA-Factory train on another loss"),
-        ({"use_asft_loss": "true"}, "use_asft_loss makes LLaMA-Factory train on another loss"),
-        ({"use_eaft_loss": "true"}, "use_eaft_loss makes LLaMA-Factory train on another loss"),
+        *(
+            ({key: "true"}, f"{key} makes LLaMA-Factory train on another loss than the model's own")
+            for key in ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "use_mca", "use_hyper_parallel")
+        ),
+        ({"tmkl_context_weight": 1, "tmkl_anchors": "auto", "stage": "pt"}, "stage: pt makes targets of every token"),
+        ({"tmkl_context_weight": 1, "tmkl_anchors": "auto", "packing": "true"}, "packing: rows that are packed can't"),
+        ({"tmkl_context_weight": 1, "neat_packing": "true"}, "neat_packing gives tmkl_context_weight no mask in which"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 makes the trainer compute its own loss"),
     ],
 )
@@ -92,3 +102,11 @@ def test_other_launchers_are_refused(
     monkeypatch.setenv(name, "1")
     assert main(_arguments(tmp_path)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_more_than_one_device_is_refused_without_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert main(_arguments(tmp_path)) == 2
+    assert "llamafactory-cli would start one process for each device by itself; mtt doesn't" in capsys.readouterr().err

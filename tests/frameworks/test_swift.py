@@ -1,6 +1,8 @@
 """`swift sft` on the example file, in ms-swift's own trainer, with a toy model in place of the real one."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,18 @@ import pytest
 
 pytest.importorskip("swift.pipelines", reason="ms-swift is not installed")
 
-from swift import sft_main
+from swift import rlhf_main, sft_main
+from swift.cli import sft
 from swift.cli.main import parse_yaml_args
 
-from frameworks.toy import Recorder, write_toy
+from frameworks.toy import DATA, Recorder, write_toy
 from mask_the_target import TMKL
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "swift.yaml"
 
 
-def _run(tmp_path: Path, **settings: Any) -> None:
-    """The command's work, with what makes the example a matter of seconds."""
+def _arguments(tmp_path: Path, **settings: Any) -> list[str]:
+    """The command's, with what makes the example a matter of seconds."""
     settings = {
         "model": write_toy(tmp_path / "toy"),
         "model_type": "llama",
@@ -39,7 +42,11 @@ def _run(tmp_path: Path, **settings: Any) -> None:
     } | settings
     argv = [str(EXAMPLE)]
     parse_yaml_args(argv)
-    sft_main([*argv, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))])
+    return [*argv, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+
+
+def _run(tmp_path: Path, **settings: Any) -> None:
+    sft_main(_arguments(tmp_path, **settings))
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +100,31 @@ def test_settings_in_which_swift_takes_the_labels_are_refused(
     assert message in str(error.value)
 
 
+def test_parallel_sequences_are_refused_on_each_rank(tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path, sequence_parallel_size=2, ddp_backend="gloo")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", sft.__file__]
+    ran = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False)
+    assert ran.stderr.count("ValueError: sequence_parallel_size 2: for this, swift takes the labels out") >= 1
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "simpo", "rm"])
+def test_trainers_of_other_losses_are_refused(tmp_path: Path, kind: str) -> None:
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    more = {"label": True} if kind == "kto" else {"rejected_response": "no"}
+    data = tmp_path / "preferences.jsonl"
+    data.write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    with pytest.raises(ValueError) as error:
+        rlhf_main(_arguments(tmp_path, rlhf_type=kind, dataset=data))
+    assert "Trainer trains on another loss than the model's own, and TMKL would not be in it" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("TMKL_WIEGHT", "1", "TMKL_* in the environment: unknown key 'tmkl_wieght'. Did you mean 'tmkl_weight'?"),
-        ("TMKL_CONTEXT_WEIGHT", "0.5", "TMKL_CONTEXT_WEIGHT (and TMKL_MAX_DRIFT) don't go with ms-swift"),
+        ("TMKL_CONTEXT_WEIGHT", "0.5", "TMKL_CONTEXT_WEIGHT (and TMKL_MAX_DRIFT, TMKL_ANCHORS) don't go with ms-swift"),
+        ("TMKL_MAX_DRIFT", "0.01", "TMKL_MAX_DRIFT, TMKL_ANCHORS) don't go with ms-swift"),
+        ("TMKL_ANCHORS", "auto", "TMKL_MAX_DRIFT, TMKL_ANCHORS) don't go with ms-swift"),
     ],
 )
 def test_wrong_variables_are_refused(

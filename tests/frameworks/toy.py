@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 from mask_the_target import TMKL
+from mask_the_target.anchors import load_anchors
 from reference import reference_loss
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "opposites.jsonl"
@@ -84,7 +85,8 @@ class Recorder:
         ``folder``, the adapter as it stood, and dense logits of both.
 
         ``loss`` is averaged as the trainer does it: over the step's supervised tokens where it counted them, else over
-        each micro-batch and then over these. ``ce`` and ``kl`` are means over the step's supervised tokens.
+        each micro-batch and then over these. ``ce`` and ``kl`` are means over the step's supervised tokens, and
+        ``context_kl`` over its context positions.
         """
         logs = [entry for entry in self.trainer.state.log_history if "loss" in entry]
         assert len(logs) == steps
@@ -98,14 +100,33 @@ class Recorder:
             assert not missing.unexpected_keys
             with torch.no_grad():
                 means = [reference_loss(adapted, base, data, options) for data, *_ in parts]
-                sums = [reference_loss(adapted, base, data, options, items) for data, *_ in parts]
+                context = sum(int(r.context) for r in means) or None
+                sums = [reference_loss(adapted, base, data, options, items, context) for data, *_ in parts]
             assert entry["ce"] == pytest.approx(sum(float(r.ce) for r in sums), rel=exact)
             assert entry["kl"] == pytest.approx(sum(float(r.kl) for r in sums), rel=exact, abs=exact / 50)
+            held = sum(float(r.context_kl) for r in sums)
+            if options.context_weight:
+                assert context
+                assert entry["context_kl"] == pytest.approx(held, rel=exact, abs=exact / 50)
             counted = parts[0][2]
             if counted is None:
                 loss = sum(float(r.loss) for r in means) / accumulation
             else:  # transformers 4 also counts the labels of first positions, which nothing predicts
-                loss = sum(float(r.loss) for r in sums) * items / int(counted)
+                held *= options.context_weight  # has a denominator of its own
+                loss = (sum(float(r.loss) for r in sums) - held) * items / int(counted) + held
             assert entry["loss"] == pytest.approx(loss, rel=exact)
         assert logs[0]["kl"] == pytest.approx(0, abs=exact / 50)  # LoRA begins at the base
         assert logs[-1]["kl"] > 1e-3
+
+    def check_anchors(self, folder: Path, output: Path) -> None:
+        """Anchors that the base wrote into ``output`` were in the batches, and nothing of them was a target."""
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        written = load_anchors(next(output.glob("anchors-*.jsonl")), tokenizer)
+        found = 0
+        for data, *_ in self.steps:
+            ids, labels = data["input_ids"].reshape(-1).tolist(), data["labels"].reshape(-1).tolist()
+            for anchor in written:
+                starts = [i for i in range(len(ids)) if ids[i : i + len(anchor)] == anchor]
+                found += len(starts)
+                assert all(set(labels[i : i + len(anchor)]) == {-100} for i in starts)
+        assert found

@@ -182,6 +182,23 @@ def test_the_rows_of_the_data_stay_as_they_are_and_anchors_have_no_target() -> N
         assert torch.equal(batch["input_ids"], again["input_ids"])
 
 
+def test_features_of_other_kinds_may_be_there_and_empty() -> None:
+    """As in LLaMA-Factory's rows: images of a text."""
+    seen: list[Any] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        seen.append([row.pop("images") for row in rows])
+        return _collate(rows)
+
+    rows: list[dict[str, Any]] = [{"input_ids": [5, 6], "labels": [-100, 6], "images": empty} for empty in (None, [])]
+    AnchorCollator(collate, [[10, 11]], 0.5)(rows)
+    assert seen[0][:2] == [None, []]
+    assert seen[0][2:] == [None] * (len(seen[0]) - 2) != []
+    rows[1]["images"] = ["one"]
+    with pytest.raises(ValueError, match="their rows hold images, which an anchor of text alone"):
+        AnchorCollator(collate, [[10, 11]], 0.5)(rows)
+
+
 def test_collators_and_rows_that_anchors_do_not_fit_are_refused() -> None:
     causal = DataCollatorForLanguageModeling(_tokenizer(), mlm=False)
     with pytest.raises(ValueError, match=r"makes 3 targets of the anchors' tokens"):

@@ -100,9 +100,7 @@ class TMKLArguments:
 
     def callback(self) -> TMKLCallback:
         """For `method: tmkl`. Raises ValueError with a sentence on a bad value."""
-        anchors = None
-        if self.anchors != "none":
-            anchors = Anchors("auto" if self.anchors == "auto" else Path(self.anchors), share=self.anchor_share)
+        anchors = None if self.anchors == "none" else Anchors(self.anchors, share=self.anchor_share)
         return TMKLCallback(self.options(), base=self.base_choice(), anchors=anchors, max_drift=self.max_drift)
 
     def options(self) -> TMKL:

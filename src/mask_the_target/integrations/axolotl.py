@@ -32,7 +32,7 @@ _OTHER_LOSSES = (
 
 
 class TMKLArgs(BaseModel):
-    """The keys that the plugin adds to axolotl's YAML. All but the last three are fields of TMKL."""
+    """The keys that the plugin adds to axolotl's YAML. All but the last five are fields of TMKL."""
 
     tmkl_weight: float = Field(default=1.0, description="Factor of the KL; 0 is plain cross-entropy.")
     tmkl_divergence: Literal["forward", "reverse", "jsd"] = Field(
@@ -58,12 +58,20 @@ class TMKLArgs(BaseModel):
     tmkl_max_drift: float | None = Field(
         default=None, description="The KL at context positions to keep to, nats per token, instead of a fixed weight."
     )
+    tmkl_anchors: str = Field(
+        default="none",
+        description="Sequences without a target, added to each batch for tmkl_context_weight to act on: auto, which "
+        "the base writes before training, or a file of JSON Lines.",
+    )
+    tmkl_anchor_share: float | None = Field(
+        default=None, description="The share of a batch's tokens that are anchors; default: 0.25."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def check_tmkl(cls, data: Any) -> Any:
         """Refuse, before anything is loaded, what can't work and keys that axolotl would ignore."""
-        callback_from(_settings(data), "the axolotl config")
+        callback = callback_from(_settings(data), "the axolotl config")
         for key in _OTHER_LOSSES:
             if data.get(key):
                 raise ValueError(
@@ -79,6 +87,17 @@ class TMKLArgs(BaseModel):
             raise ValueError(
                 "no adapter is set, which asks for a full fine-tune. TMKL takes its base from the same model with the "
                 "adapter off: set adapter: lora (or qlora)."
+            )
+        padded = data.get("pad_to_sequence_len") is not False or data.get("micro_batch_size", 1) != 1
+        if callback.options.context_weight and data.get("sample_packing") and padded:
+            raise ValueError(
+                "sample_packing takes the attention mask out of the batch, and tmkl_context_weight would take padding "
+                "for a prompt. Set pad_to_sequence_len: false and micro_batch_size: 1, where nothing is padded."
+            )
+        if callback.options.context_weight and data.get("pretraining_dataset"):
+            raise ValueError(
+                "pretraining_dataset is packed while it is streamed, and tmkl_context_weight (with tmkl_anchors) needs "
+                "documents that can be told apart. Use datasets, or remove it."
             )
         return data
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mask_the_target.integrations.settings import PREFIX, callback_from
+from mask_the_target.integrations.transformers import TMKLCallback
 
 # Keys that make LLaMA-Factory train on another loss than the model's own, or in another trainer.
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "use_mca", "use_hyper_parallel")
@@ -50,17 +51,31 @@ def main(argv: Sequence[str]) -> int:
     config: Any = OmegaConf.to_container(merged)
     ours = {key: config.pop(key) for key in list(config) if key.startswith(PREFIX)}
     callback = callback_from(ours, str(given.config))
-    _check(config)
+    _check(config, callback)
     run_exp(config, callbacks=[callback])
     return 0
 
 
-def _check(config: dict[str, Any]) -> None:
+def _check(config: dict[str, Any], callback: TMKLCallback) -> None:
     stage, kind = config.get("stage", "sft"), config.get("finetuning_type", "lora")
     if stage not in ("sft", "pt"):
         raise ValueError(
             f"stage is {stage!r}, whose loss is not the model's own, and TMKL would not be in it. TMKL is for "
             "stage: sft (or pt)."
+        )
+    if stage == "pt" and callback.anchors is not None:
+        raise ValueError(
+            "stage: pt makes targets of every token, anchors too, so that they would be learned. Remove tmkl_anchors, "
+            "or use stage: sft."
+        )
+    if callback.anchors is not None and (config.get("packing") or config.get("neat_packing")):
+        raise ValueError(
+            "packing: rows that are packed can't be padded in LLaMA-Factory, and an anchor is another row of the "
+            "batch. Remove packing, or tmkl_anchors."
+        )
+    if callback.options.context_weight and config.get("neat_packing"):
+        raise ValueError(
+            "neat_packing gives tmkl_context_weight no mask in which padding can be told from a prompt. Remove it."
         )
     if kind not in ("lora", "oft"):
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
+from mask_the_target.anchors import Anchors
 from mask_the_target.base import BaseChoice
 from mask_the_target.integrations.transformers import TMKLCallback
 from mask_the_target.objective import TMKL
@@ -15,7 +16,7 @@ from mask_the_target.objective import TMKL
 PREFIX = "tmkl_"
 _OPTIONS = tuple(field.name for field in fields(TMKL))
 # The fields of TMKL, and what TMKLCallback takes beside them.
-KEYS = tuple(PREFIX + name for name in (*_OPTIONS, "base", "full_kl", "max_drift"))
+KEYS = tuple(PREFIX + name for name in (*_OPTIONS, "base", "full_kl", "max_drift", "anchors", "anchor_share"))
 _BASES = (*get_args(BaseChoice), "cached")
 
 
@@ -40,7 +41,20 @@ def callback_from(settings: Mapping[str, Any], where: str) -> TMKLCallback:
     if base not in _BASES:
         raise ValueError(f"{where}: tmkl_base is {base!r}; choose one of {', '.join(_BASES)}.")
     beside = {name: given.pop(name) for name in ("full_kl", "max_drift") if name in given}
-    return TMKLCallback(TMKL(**given), base=base, **beside)
+    anchors = _anchors(given, where)
+    return TMKLCallback(TMKL(**given), base=base, anchors=anchors, **beside)
+
+
+def _anchors(given: dict[str, Any], where: str) -> Anchors | None:
+    """Of ``given``, which they are taken out of."""
+    source, share = given.pop("anchors", "none"), given.pop("anchor_share", None)
+    if not isinstance(source, str):
+        raise ValueError(f"{where}: tmkl_anchors is {source!r}; give auto, none, or a file of JSON Lines.")
+    if source != "none":
+        return Anchors(source) if share is None else Anchors(source, share=share)
+    if share is not None:
+        raise ValueError(f"{where}: tmkl_anchor_share is {share!r}, and there are no anchors. Set tmkl_anchors: auto.")
+    return None
 
 
 def _value(value: Any) -> Any:

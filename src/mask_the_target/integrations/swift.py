@@ -41,11 +41,13 @@ def tmkl(args: Any, trainer: Any) -> TMKLCallback:
 
 def _callback() -> TMKLCallback:
     given = {key.lower(): value for key, value in os.environ.items() if key.lower().startswith(PREFIX)}
-    callback = callback_from(given, "TMKL_* in the environment")
-    if callback.options.context_weight:
+    callback = None
+    if not any(given.get(name, "none") != "none" for name in ("tmkl_max_drift", "tmkl_anchors")):
+        callback = callback_from(given, "TMKL_* in the environment")
+    if callback is None or callback.options.context_weight:
         raise ValueError(
-            "TMKL_CONTEXT_WEIGHT (and TMKL_MAX_DRIFT) don't go with ms-swift: it scales the model's loss by each "
-            "batch's share of the step's supervised tokens, and context tokens have a denominator of their own."
+            "TMKL_CONTEXT_WEIGHT (and TMKL_MAX_DRIFT, TMKL_ANCHORS) don't go with ms-swift: it scales the model's loss "
+            "by each batch's share of the step's supervised tokens, and context tokens have a denominator of their own."
         )
     return callback
 

@@ -78,7 +78,7 @@ class TMKLCallback(TrainerCallback):
                     f"{name}={given!r} without a context_weight has no effect: it is the weight of the KL there. Set "
                     "TMKL(context_weight=1.0)."
                 )
-        self._anchors = Anchors() if anchors == "auto" else anchors
+        self.anchors = Anchors() if anchors == "auto" else anchors
         self._anchor_tokens = 0
         self.max_drift = max_drift
         self._budget = None if max_drift is None else DriftBudget(max_drift, options.context_weight)
@@ -111,8 +111,8 @@ class TMKLCallback(TrainerCallback):
         if model is not None:
             inner, configs = unwrap(model)
             self._base = resolve_base(inner, self._choice, configs=configs)
-        if self._anchors is not None:
-            self._add_anchors(self._anchors, args, kwargs.get("processing_class"))
+        if self.anchors is not None:
+            self._add_anchors(self.anchors, args, kwargs.get("processing_class"))
 
     def _add_anchors(self, anchors: Anchors, args: TrainingArguments, processing_class: Any) -> None:
         trainer = _calling_trainer()
@@ -145,7 +145,7 @@ class TMKLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _check_arguments(args)
-        if self._anchors is not None:
+        if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
         self._release()  # an earlier train() may have been interrupted
         model = kwargs["model"]
