@@ -12,7 +12,7 @@ from packaging.version import Version
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, SFTConfig, SFTTrainer
 
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
@@ -275,6 +275,7 @@ def test_the_first_step_is_logged_to_prove_the_loss_early(tmp_path: Path) -> Non
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 makes the trainer compute its own loss"),
         ({"kind": SFTConfig, "loss_type": "dft"}, "loss_type='dft' replaces the cross-entropy"),
+        ({"kind": RewardConfig}, "TRL's trainer with a RewardConfig trains on another loss than the model's own"),
     ],
 )
 def test_arguments_that_switch_it_off_are_refused_when_the_trainer_is_built(
@@ -312,6 +313,8 @@ def _tokenizer() -> Any:
     return fast
 
 
+LIGER = {"rope": False, "rms_norm": False, "swiglu": False}  # its layers run on GPUs only
+
 CHATS = [
     (
         [{"role": "user", "content": f"w{i} w{i + 1}"}],
@@ -347,9 +350,12 @@ def _sft(
         ("messages", {"packing": True}),
         ("completion", {"packing": True, "max_length": 32, "completion_only_loss": True}),
         ("messages", {"packing": True, "packing_strategy": "wrapped", "max_length": 32}),
+        ("messages", {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}),
+        ("messages", {"padding_free": True, "max_length": None}),
         ("completion", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
         ("completion", {"bf16": True}),
         ("completion", {"loss_type": "chunked_nll"}),
+        ("completion", {"use_liger_kernel": True, "liger_kernel_config": LIGER}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
@@ -357,6 +363,12 @@ def test_sft_trainer_trains_on_the_reference_loss(tmp_path: Path, form: str, kwa
     """Each batch's logged terms are those of the two models' own logits on the batch that the trainer made."""
     if kwargs.get("loss_type") == "chunked_nll" and Version(trl.__version__) < Version("1.4"):
         pytest.skip("this TRL has no chunked_nll")
+    if kwargs.get("packing_strategy") == "bfd_split" and Version(trl.__version__) < Version("1.0"):
+        pytest.skip("this TRL has no bfd_split")
+    if "use_liger_kernel" in kwargs:
+        pytest.importorskip("liger_kernel")
+        if Version(trl.__version__) < Version("1.15"):
+            pytest.skip("this TRL logs no entropy with Liger")
     options = TMKL(weight=0.5)
     trainer = _sft(tmp_path, form, callback=TMKLCallback(options), **({"max_steps": 3} | kwargs))
     base = toy_llama()
@@ -390,6 +402,48 @@ def test_sft_trainer_trains_on_the_reference_loss(tmp_path: Path, form: str, kwa
         assert entry["loss"] == pytest.approx(loss, rel=exact)
     assert logs[0]["kl"] == 0
     assert logs[2]["kl"] > 0
+
+
+@pytest.mark.parametrize("fused", [{}, {"fused_linear_cross_entropy": True}], ids=["default", "asked for"])
+def test_ligers_fused_cross_entropy_does_not_replace_the_loss(tmp_path: Path, fused: dict[str, bool]) -> None:
+    """Its layers need a GPU, and are off here; the fused loss is on by default."""
+    pytest.importorskip("liger_kernel")
+    logs = []
+    for settings in ({}, {"use_liger_kernel": True, "liger_kernel_config": LIGER | fused}):
+        trainer = _trainer(tmp_path, with_lora(toy_llama(), moved=0.2), TMKLCallback(), **settings)
+        trainer.train()
+        logs.append([(entry["loss"], entry["ce"], entry["kl"]) for entry in _logged(trainer)])
+    assert logs[0] == logs[1]
+    assert trainer.args.liger_kernel_config["fused_linear_cross_entropy"] is False
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (DPOTrainer, lambda folder: _arguments(folder, DPOConfig, loss_type=["sigmoid", "sft"])),
+        (KTOTrainer, lambda folder: _arguments(folder, KTOConfig)),
+    ],
+    ids=["dpo with an sft term", "kto"],
+)
+def test_trainers_of_preferences_are_refused(tmp_path: Path, cls: type, config: Any) -> None:
+    rows = [
+        {"prompt": prompt, "completion": answer, "label": True}
+        if cls is KTOTrainer
+        else {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "w1"}]}
+        for prompt, answer in CHATS
+    ]
+    with pytest.raises(ValueError) as error:
+        cls(
+            toy_llama(),
+            args=config(tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=_tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+            callbacks=[TMKLCallback()],
+        )
+    kind = cls.__name__.removesuffix("Trainer")
+    message = f"TRL's trainer with a {kind}Config trains on another loss than the model's own, and TMKL would not be"
+    assert message in str(error.value)
 
 
 def test_sft_trainer_saves_a_plain_adapter(tmp_path: Path) -> None:

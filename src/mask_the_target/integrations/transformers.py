@@ -55,7 +55,7 @@ class TMKLCallback(TrainerCallback):
     Raises:
         ValueError: at once for anchors or a budget without a ``context_weight``; when the trainer is built, for what
             :func:`~mask_the_target.attach` refuses and for ``label_smoothing_factor``, ``loss_type="dft"``,
-            ``nn.DataParallel`` and anchors that can't be had.
+            ``nn.DataParallel``, TRL's trainers but SFTTrainer, and anchors that can't be had.
         RuntimeError: before the first step, when the batches would hold no anchors, since the trainer doesn't collate
             with its ``data_collator``; in that step (which is logged for that), when the loss that the trainer
             backpropagates is not ours; later, when a training forward comes without labels or bypasses ours.
@@ -308,6 +308,12 @@ def _require_anchors(dataloader: Any) -> None:
 
 
 def _check_arguments(args: TrainingArguments) -> None:
+    of_trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
+    if of_trl and "SFTConfig" not in of_trl:  # DPO asks the forward for log-probabilities, and would be given ours
+        raise ValueError(
+            f"TRL's trainer with a {type(args).__name__} trains on another loss than the model's own, and TMKL would "
+            "not be in it, whatever terms it has. TMKLCallback is for SFTTrainer and transformers' Trainer."
+        )
     if getattr(args, "label_smoothing_factor", 0):
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} makes the trainer compute its own loss from logits, "
