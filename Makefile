@@ -44,8 +44,9 @@ compatibility: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compatibility]'
 	PYTHONPATH=tests $(BIN)/python -m compatibility $(ARGS)
 
-# Frameworks whose pins conflict with ours, each in an environment of its own. One: make integrations FRAMEWORKS=axolotl
-FRAMEWORKS ?= axolotl llamafactory swift deepspeed
+# Frameworks whose pins conflict with ours, DeepSpeed, and the trackers of report_to, each in an environment of its own.
+# One: make integrations FRAMEWORKS=axolotl
+FRAMEWORKS ?= axolotl llamafactory swift deepspeed trackers
 integrations: $(FRAMEWORKS:%=.venv-integrations/%/.installed)
 	set -e; for name in $(FRAMEWORKS); do .venv-integrations/$$name/bin/python -m pytest tests/frameworks/test_$$name.py $(ARGS); done
 
