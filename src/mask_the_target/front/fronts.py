@@ -9,8 +9,9 @@ Hypervolume: the area that a front dominates, as a share of the box between base
     target loss   from the base's (nothing learned) down to plain CE's best
     text loss     from the base's (nothing lost) up to that of plain CE where it learned best
 
-so 0 is the base, or plain CE at its best alone, and 1 is all of CE's learning with nothing lost. A front that goes
-beyond the box (learns more than CE, or lowers the text loss) can be above 1. CE's best is the mean over seeds.
+so 0 is the base, or plain CE at its best alone, and 1 is all of CE's learning with nothing lost. A front that learns
+more than CE can be above 1. One that lowers the text loss has lost nothing, and no more than that: on near sets, where
+plain CE loses next to nothing, the rest would be all of the number. CE's best is the mean over seeds.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def hypervolume(points: Sequence[Point], box: Box) -> float:
 
     if box.is_empty():
         return math.nan
-    inside = [[p.loss, p.rise] for p in points if p.loss <= box.base_loss and p.rise <= box.worst_rise]
+    inside = [[p.loss, max(p.rise, 0.0)] for p in points if p.loss <= box.base_loss and p.rise <= box.worst_rise]
     if not inside:
         return 0.0
     area = moocore.hypervolume(np.array(inside), ref=[box.base_loss, box.worst_rise])
