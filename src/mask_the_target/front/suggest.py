@@ -1,7 +1,8 @@
 """`mtt suggest`: a weight and a learning rate for a model and data, from a short pilot. A heuristic, and it says so.
 
-1. The pilot is a small study (see `study`): plain CE and TMKL of a few weights, each at a few learning rates, for a few
-   tens of steps with one seed. Measured are the held-out target loss and the rise of the text loss over the base.
+1. The pilot is a small study (see `study`): plain CE, TMKL of a few weights and, where the data has prompts, the full
+   KL at their positions alone, each at a few learning rates, for a few tens of steps with one seed. Measured are the
+   held-out target loss and the rise of the text loss over the base.
 2. A full run loses more than its pilot: the rise is expected to be GROWTH times the pilot's.
 3. Of the settings that are expected to raise the text's perplexity by no more than is tolerated, those count that learn
    at least ENOUGH of what the best of them learns, and of these the one that lost least is suggested. If none is
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 GROWTH = 2.0
 ENOUGH = 0.98
 SMALLEST = 1e-3  # nats per token: rises below it are too small to take a ratio of
-CANDIDATES = ("ce", "tmkl")  # methods of a study
+CANDIDATES = ("ce", "tmkl", "context")  # methods of a study
 YOURS = "yours"  # the name of the user's data in the pilot's study
 HELD_OUT = 200  # rows at most that are taken from data without a split of their own
 
@@ -44,7 +45,7 @@ class Outcome:
     """What a setting of a method came to: target loss and rise of the text loss, nats per token, means over seeds."""
 
     method: str
-    setting: dict[str, Any]  # learning_rate, and for TMKL tmkl_weight
+    setting: dict[str, Any]  # learning_rate, and for TMKL its weights
     learned: float
     rise: float
     error: float | None = field(default=None, compare=False)  # standard error of the rise, of one seed
@@ -55,8 +56,10 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        weight = f"TMKL, weight {self.setting['tmkl_weight']:g}" if "tmkl_weight" in self.setting else "plain CE"
-        return f"{weight}, learning rate {self.setting['learning_rate']:g}"
+        weight, context = self.setting.get("tmkl_weight"), self.setting.get("tmkl_context_weight")
+        parts = [] if not weight else [f"TMKL, weight {weight:g}"]
+        parts += [] if not context else [f"full KL on the prompt, weight {context:g}"]
+        return f"{' and '.join(parts) or 'plain CE'}, learning rate {self.setting['learning_rate']:g}"
 
 
 def outcomes(
@@ -88,8 +91,12 @@ def outcomes(
 
 def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
     options = result["options"]
-    weight = {} if options.get("method") == "ce" else {"tmkl_weight": float(options.get("tmkl_weight", 1.0))}
-    return {"learning_rate": float(options["learning_rate"]), **weight}
+    setting = {"learning_rate": float(options["learning_rate"])}
+    if options.get("method") != "ce":
+        setting["tmkl_weight"] = float(options.get("tmkl_weight", 1.0))
+        if options.get("tmkl_context_weight"):
+            setting["tmkl_context_weight"] = float(options["tmkl_context_weight"])
+    return setting
 
 
 def _error(point: Mapping[str, Any]) -> float | None:
@@ -260,6 +267,11 @@ def make_pilot(
         "methods": {
             "ce": {"method": "ce", "grid": {"learning_rate": list(learning_rates)}},
             "tmkl": {"method": "tmkl", "grid": {"tmkl_weight": list(weights), "learning_rate": list(learning_rates)}},
+            "context": {
+                "method": "tmkl",
+                "tmkl_weight": 0.0,
+                "grid": {"tmkl_context_weight": [1.0], "learning_rate": list(learning_rates)},
+            },
         },
         "seeds": [0],
         "checkpoints": [1.0],
@@ -277,7 +289,10 @@ def make_pilot(
         _shorten(content["train"])
     else:
         given = content.setdefault("data", {}).get(YOURS, {})
-        content["data"][YOURS] = {**_split_data(data, given.get("dataset_config")), **given}
+        found, prompts = _split_data(data, given.get("dataset_config"))
+        content["data"][YOURS] = {**found, **given}
+        if not prompts:
+            content["methods"].pop("context", None)
     study = check_study(content, Path("the pilot"))
     find_model(study.model)
     return Pilot(study, tolerance)
@@ -298,8 +313,8 @@ def _rows_of(train: Mapping[str, Any]) -> str:
     return f"train[:{math.prod(parts)}]" if all(isinstance(part, int) for part in parts) else "train"
 
 
-def _split_data(name: str, config: str | None) -> dict[str, Any]:
-    """A data set as a study has it, with what is held out."""
+def _split_data(name: str, config: str | None) -> tuple[dict[str, Any], bool]:
+    """A data set as a study has it, with what is held out; and whether its rows have prompts that aren't trained on."""
     from mask_the_target.front.data import check_columns, load_named, take_split
 
     found: Any = load_named(name, config, False)
@@ -310,13 +325,14 @@ def _split_data(name: str, config: str | None) -> dict[str, Any]:
     spec: dict[str, Any] = {"dataset_name": name, "train": split}
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
         spec["text"] = ["text"]
+    prompts = "prompt" in rows.column_names
     own = next((other for other in ("test", "validation") if other in found and other != split), None)
     if own is not None:
-        return spec | {"test": own}
+        return spec | {"test": own}, prompts
     if len(rows) < 2:
         raise ValueError(f"{name} has {len(rows)} row: one to learn from and one to measure on are the least.")
     cut = len(rows) - min(HELD_OUT, max(1, len(rows) // 10))
-    return spec | {"train": f"{split}[:{cut}]", "test": f"{split}[{cut}:]"}
+    return spec | {"train": f"{split}[:{cut}]", "test": f"{split}[{cut}:]"}, prompts
 
 
 def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -339,7 +355,7 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
     plain = _same(Outcome("ce", {"learning_rate": chosen.setting["learning_rate"]}, 0, 0), found)
     doubts = _doubts(chosen, found, pilot)
     suggestion = {
-        "suggested": {"method": chosen.method, **chosen.setting},
+        "suggested": {"method": _method(chosen), **chosen.setting},
         "expected": {
             "pilot": math.expm1(chosen.rise),
             "run": math.expm1(chosen.expected(GROWTH)),
@@ -349,7 +365,7 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
         "sure": "fair" if len(doubts) <= 1 else "low",
         "doubts": doubts,
         "pilot": [
-            {"method": o.method, **o.setting, "target_loss": o.learned, "text_loss_rise": o.rise, "stderr": o.error}
+            {"method": _method(o), **o.setting, "target_loss": o.learned, "text_loss_rise": o.rise, "stderr": o.error}
             for o in found
         ],
         "failed": [result["key"] for result in results if result["status"] == "failed"],
@@ -380,9 +396,14 @@ def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
         **named,
         "output_dir": "runs/suggested",
         **{key: value for key, value in train.items() if key not in ("max_steps", "logging_steps")},
-        "method": chosen.method,
+        "method": _method(chosen),
         **chosen.setting,
     }
+
+
+def _method(outcome: Outcome) -> str:
+    """Its name in mtt train."""
+    return "tmkl" if "tmkl_weight" in outcome.setting else "ce"
 
 
 def _doubts(chosen: Outcome, found: Sequence[Outcome], pilot: Pilot) -> list[str]:
@@ -476,7 +497,7 @@ def describe(suggestion: Mapping[str, Any], pilot: Pilot) -> str:
         f"Pilot of {pilot.study.train['max_steps']} steps, one seed:",
     ]
     for row in suggestion["pilot"]:
-        setting = {key: row[key] for key in ("learning_rate", "tmkl_weight") if key in row}
+        setting = {key: row[key] for key in ("learning_rate", "tmkl_weight", "tmkl_context_weight") if key in row}
         outcome = Outcome(row["method"], setting, row["target_loss"], row["text_loss_rise"])
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
         lines.append(f"  {outcome.name}: target loss {outcome.learned:.3f}, text loss {outcome.rise:+.4f}{error}")
