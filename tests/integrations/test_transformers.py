@@ -8,6 +8,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -450,6 +451,10 @@ def test_sft_trainer_saves_a_plain_adapter(tmp_path: Path) -> None:
     trainer = _sft(tmp_path)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert {"sft", "tmkl"} <= set(ModelCard(card).data.tags)
+    assert "tmkl" not in SFTTrainer._tag_names
     assert not any("tmkl" in file.name.lower() for file in (tmp_path / "adapter").iterdir())
     loaded = PeftModel.from_pretrained(toy_llama(), str(tmp_path / "adapter")).eval()
     inputs = {k: v for k, v in batch().items() if k != "labels"}

@@ -107,6 +107,9 @@ class TMKLCallback(TrainerCallback):
             keep = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **keep}
         log_before_reporters(self)
+        trainer = _calling_trainer()
+        if hasattr(trainer, "_tag_names"):  # what TRL's model card is tagged with
+            trainer._tag_names = [*trainer._tag_names, "tmkl"]
         model = kwargs.get("model")
         if model is not None:
             inner, configs = unwrap(model)
