@@ -13,7 +13,7 @@ from packaging.version import Version
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, SFTConfig, SFTTrainer
+from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
@@ -419,30 +419,26 @@ def test_ligers_fused_cross_entropy_does_not_replace_the_loss(tmp_path: Path, fu
 
 
 @pytest.mark.parametrize(
-    ("cls", "config"),
-    [
-        (DPOTrainer, lambda folder: _arguments(folder, DPOConfig, loss_type=["sigmoid", "sft"])),
-        (KTOTrainer, lambda folder: _arguments(folder, KTOConfig)),
-    ],
+    ("kind", "settings"),
+    [("DPO", {"loss_type": ["sigmoid", "sft"]}), ("KTO", {})],
     ids=["dpo with an sft term", "kto"],
 )
-def test_trainers_of_preferences_are_refused(tmp_path: Path, cls: type, config: Any) -> None:
+def test_trainers_of_preferences_are_refused(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     rows = [
         {"prompt": prompt, "completion": answer, "label": True}
-        if cls is KTOTrainer
+        if kind == "KTO"
         else {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "w1"}]}
         for prompt, answer in CHATS
     ]
     with pytest.raises(ValueError) as error:
-        cls(
+        getattr(trl, f"{kind}Trainer")(
             toy_llama(),
-            args=config(tmp_path),
+            args=_arguments(tmp_path, getattr(trl, f"{kind}Config"), **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=_tokenizer(),
             peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
             callbacks=[TMKLCallback()],
         )
-    kind = cls.__name__.removesuffix("Trainer")
     message = f"TRL's trainer with a {kind}Config trains on another loss than the model's own, and TMKL would not be"
     assert message in str(error.value)
 
