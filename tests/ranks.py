@@ -8,19 +8,24 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from conftest import batch, toy_llama, with_lora
-from mask_the_target import TMKL, attach
+from conftest import batch, move, toy_llama, with_lora
+from mask_the_target import TMKL, CachedBase, attach
 from reference import reference_loss
 
 OPTIONS = TMKL(weight=0.5, context_weight=0.3)
@@ -54,10 +59,23 @@ def as_fsdp(model: Any, *, head: bool) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def as_fsdp1(model: Any, policy: Any = None) -> nn.Module:
+    policy = policy or ModuleWrapPolicy({LlamaDecoderLayer})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
 FORMS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp": as_ddp,
+    "fsdp1": as_fsdp1,
     "fsdp2": lambda model: as_fsdp(model, head=False),
     "fsdp2, head": lambda model: as_fsdp(model, head=True),
+}
+# Of LoRA: on all layers; on the last one, so that the base pass shares the first; and with a head of its own.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "shared layer": {"layers_to_transform": [1]},
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved head": {"modules_to_save": ["lm_head"]},
 }
 
 
@@ -65,13 +83,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def first_step(wrap: Callable[[Any], nn.Module], start: nn.Module, data: dict[str, Tensor], micro: int) -> Any:
+def first_step(
+    wrap: Callable[[Any], nn.Module], start: nn.Module, data: dict[str, Tensor], micro: int, choice: Any = "auto"
+) -> Any:
     """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = copy.deepcopy(start)
-    attachment = attach(model, OPTIONS)  # before it is wrapped
+    attachment = attach(model, OPTIONS, base=choice)  # before it is wrapped
+    if choice == "initial":
+        move(model, 0.2)
     wrapped = wrap(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
     items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
     context = torch.tensor(attachment.count_context(data))
     mine, total = share(data, rank, ranks), torch.zeros(())
@@ -82,7 +104,35 @@ def first_step(wrap: Callable[[Any], nn.Module], start: nn.Module, data: dict[st
         total += loss.detach()
     dist.all_reduce(total)
     optimizer.step()
-    return float(total), [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
+    gathered = FullyShardedDataParallel.summon_full_params(wrapped) if wrap is as_fsdp1 else nullcontext()
+    with gathered:
+        return float(total), [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
+
+
+def compared(name: str, start: nn.Module, base: nn.Module, data: dict[str, Tensor], micro: int, **options: Any) -> Any:
+    """A first step of all ranks, and that of one process over the whole batch."""
+    loss, weights = first_step(FORMS[name], start, data, micro, **options)
+    alone = copy.deepcopy(start)
+    if options.get("choice") == "initial":
+        move(alone, 0.2)
+    expected = reference_loss(alone, base, data, OPTIONS)
+    expected.loss.backward()
+    trained = [p for p in alone.parameters() if p.requires_grad]
+    moved = [p.detach() - LEARNING_RATE * p.grad for p in trained]
+    return {
+        "loss": loss,
+        "expected": float(expected.loss.detach()),
+        "moved": max(float((p.detach() - q).abs().max()) for p, q in zip(trained, moved, strict=True)),
+        "error": max(float((p - q).abs().max()) for p, q in zip(weights, moved, strict=True)),
+    }
+
+
+def refused(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "not refused"
 
 
 def main() -> None:
@@ -90,29 +140,48 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     base = toy_llama()
-    start = with_lora(copy.deepcopy(base), moved=0.2)
+    starts = {name: with_lora(copy.deepcopy(base), moved=0.2, **config) for name, config in ADAPTERS.items()}
+    start, silent = starts["lora"], ROWS // dist.get_world_size()
     found = {}
-    for (name, wrap), silent, micro in itertools.product(FORMS.items(), (0, ROWS // dist.get_world_size()), (1, 2)):
-        data = global_batch(silent)
-        loss, weights = first_step(wrap, start, data, micro)
-        alone = copy.deepcopy(start)
-        expected = reference_loss(alone, base, data, OPTIONS)
-        expected.loss.backward()
-        trained = [p for p in alone.parameters() if p.requires_grad]
-        moved = [p.detach() - LEARNING_RATE * p.grad for p in trained]
-        found[f"{name}, {silent} silent rows, {micro} micro-batches"] = {
-            "loss": loss,
-            "expected": float(expected.loss.detach()),
-            "moved": max(float((p.detach() - q).abs().max()) for p, q in zip(trained, moved, strict=True)),
-            "error": max(float((p - q).abs().max()) for p, q in zip(weights, moved, strict=True)),
-        }
-    try:
-        attach(as_fsdp(copy.deepcopy(start), head=False), OPTIONS)
-        refused = "not refused"
-    except ValueError as error:
-        refused = str(error)
+    for name, rows, micro in itertools.product(FORMS, (0, silent), (1, 2)):
+        found[f"{name}, {rows} silent rows, {micro} micro-batches"] = compared(
+            name, start, base, global_batch(rows), micro
+        )
+    for name, adapter in itertools.product(FORMS, list(ADAPTERS)[1:]):
+        found[f"{name}, {adapter}"] = compared(name, starts[adapter], base, global_batch(silent), 2)
+    for name in FORMS:
+        found[f"{name}, separate base"] = compared(
+            name, start, base, global_batch(silent), 2, choice=copy.deepcopy(base)
+        )
+    pissa = with_lora(copy.deepcopy(base), init_lora_weights="pissa")
+    found["ddp, initial adapter"] = compared("ddp", pissa, base, global_batch(silent), 2, choice="initial")
+    messages = {
+        "sharded": refused(lambda: attach(as_fsdp(copy.deepcopy(start), head=False), OPTIONS)),
+        "head's parts": refused(
+            lambda: first_step(
+                lambda model: as_fsdp1(model, fsdp_auto_wrap_policy(model)), starts["saved head"], global_batch(0), 1
+            )
+        ),
+    }
+    for name in ("fsdp1", "fsdp2"):
+        messages[f"initial adapter, {name}"] = refused(
+            lambda name=name: first_step(FORMS[name], pissa, global_batch(0), 1, choice="initial")
+        )
+    # Each rank finds others of its sequences: a base pass that waits for the others' would wait for ever.
+    for name in FORMS:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cached = CachedBase(folder=folder)
+            if dist.get_rank() == 0:
+                first = share(global_batch(0), 0, dist.get_world_size())
+                alone = copy.deepcopy(start)
+                with attach(alone, OPTIONS, base=cached):
+                    alone(**first)
+            found[f"{name}, cached base"] = compared(name, start, base, global_batch(0), 1, choice=cached)
+        off = [str(w.message) for w in caught if "base='cached' is off" in str(w.message)]
+        messages[f"cached base, {name}"] = off[0] if off else "on"
     if dist.get_rank() == 0:
-        print("REFUSED " + refused)
+        print("MESSAGES " + json.dumps(messages))
         print("RESULTS " + json.dumps(found))
     dist.destroy_process_group()
 

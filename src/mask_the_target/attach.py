@@ -32,6 +32,7 @@ from mask_the_target.head import (
     Probed,
     accepted,
     evaluating,
+    is_sharded,
     narrow,
     probe,
     probe_inputs,
@@ -143,6 +144,8 @@ class Attachment:
     def __post_init__(self) -> None:
         self._tap = HeadTap(self.model)
         try:
+            # Outside of the head's own call its weight has another shape, once the model is sharded.
+            self._vocabulary = self._tap.head().weight.shape[0]
             self._previous = self.model.forward
             self._own = self.model.__dict__.get("forward")
             self._probed = probe(self.model, self._previous, self._tap)
@@ -240,20 +243,20 @@ class Attachment:
             seen.append(hidden)
             return narrow(hidden)
 
-        inputs = probe_inputs(self.model, self._previous, self._tap.head().weight.shape[0])
+        inputs = probe_inputs(self.model, self._previous, self._vocabulary)
         self._tap.run(self._previous, inputs, keep)
         return seen[0]
 
     def _probe_base(self) -> tuple[HeadTap, Probed]:
         if self.base.model is self.model:
             if self.base.kind == "off":
-                inputs = probe_inputs(self.model, self._previous, self._tap.head().weight.shape[0])
+                inputs = probe_inputs(self.model, self._previous, self._vocabulary)
                 with torch.no_grad(), evaluating(self.model), self.base.context():
                     require_pass_through(self.model, lambda: self._previous(**inputs))
             return self._tap, self._probed
         tap = HeadTap(self.base.model)
         try:
-            own, other = self._tap.head().weight.shape[0], tap.head().weight.shape[0]
+            own, other = self._vocabulary, tap.head().weight.shape[0]
             if own != other:
                 raise ValueError(
                     f"the model has {own} tokens and base= has {other}; they must share one "
@@ -322,7 +325,7 @@ class Attachment:
         as_tuple = kwargs.pop("return_dict", None) is False
         kwargs |= self._settings
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
-            check_labels(targets.reshape(-1), vocabulary=self._tap.head().weight.shape[0])
+            check_labels(targets.reshape(-1), vocabulary=self._vocabulary)
         if num_context is None and self.step_counts is not None:
             num_items, num_context = self.step_counts
         positions = self._positions(kwargs, targets, num_items, num_context, shift=shift)
@@ -483,6 +486,12 @@ class Attachment:
         """Each row's loss terms, ``[n]``, from both models' hidden states, ``[n, d]``."""
         head = self._tap.head(self._probed.transform)
         if self._tap.adapted or self._base_tap.adapted:
+            if is_sharded(self._tap.module):
+                raise RuntimeError(
+                    "the head has an adapter, and its parts are sharded one by one (ZeRO-3, or FSDP1 as PEFT's wrap "
+                    "policy does it): their gradients, which are taken in the forward, would not reach the optimizer. "
+                    "Use DDP, ZeRO-2 or FSDP2, or leave the head out of the adapter."
+                )
             return adapted_head_rows(
                 hidden,
                 base_hidden,
@@ -491,7 +500,7 @@ class Attachment:
                 labels,
                 self.options,
                 parameters=[p for p in self.model.parameters() if p.requires_grad],
-                vocabulary=len(head.weight),
+                vocabulary=self._vocabulary,
                 transform=self._probed.transform,
                 base_transform=self._base_probed.transform,
                 **asked,

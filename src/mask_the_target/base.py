@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mask_the_target.head import layer_below
+from mask_the_target.head import is_sharded, layer_below
 from mask_the_target.proof import off_is_base
 
 BaseChoice = Literal["auto", "off", "initial"]
@@ -298,6 +298,12 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
 
     def require_unchanged() -> None:
+        if is_sharded(model):
+            raise RuntimeError(
+                "base='initial' puts a copy of the initial adapter in the place of its weights for each base pass, "
+                "which isn't possible where these are sharded (FSDP, ZeRO-3). Use DDP or ZeRO-2, or pass a separately "
+                "loaded model as base=."
+            )
         layers = adapter_layers(model)
         _require_adapter(model, layers)
         now = adapter_parameters(model)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mask_the_target.base import Base, adapter_parameters
 from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
+from mask_the_target.head import is_sharded
 
 # All that an input may hold besides flags; the lengths of packed documents say no more than position_ids.
 _KEYED = {"input_ids", "attention_mask", "position_ids"}
@@ -126,6 +127,11 @@ class BaseCache:
         other = [name for name, value in inputs.items() if name not in known and not _is_flag(value)]
         if other:
             return f"the base depends on more than token ids: the batch holds {', '.join(map(repr, other))}"
+        if is_sharded(self._base.model):
+            return (
+                "the model is sharded over processes (FSDP, ZeRO-3), which run each base pass together, and one may "
+                "find its sequences where another doesn't"
+            )
         if self._store is not None and self._autocast != _autocast(ids.device):
             return "the autocast dtype changed since the cache was opened"
         return None

@@ -143,6 +143,17 @@ def find_head(model: nn.Module) -> nn.Module:
     return head
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether all processes together gather parts of ``module`` one by one as it runs: FSDP's units in it, or ZeRO-3's
+    weights."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    units = [m for m in module.modules() if m is not module and isinstance(m, (FSDPModule, FullyShardedDataParallel))]
+    return bool(units) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def base_layer(module: Any) -> Any:
     """What PEFT's layers and wrappers stand around, or ``module`` itself."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
