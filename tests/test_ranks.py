@@ -10,21 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from ranks_trainer import FIGURES, train
+
 HERE = Path(__file__).resolve().parent
+
+
+def launch(ranks: int, script: str, *arguments: str) -> str:
+    """What a script here prints in so many processes."""
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += [str(HERE / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     """Unequal supervised tokens, a rank without any, accumulation, each kind of base and of head; see ranks.py."""
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(HERE / "ranks.py")], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = launch(ranks, "ranks.py")
     messages, found = (
-        json.loads(next(line for line in done.stdout.splitlines() if line.startswith(name)).removeprefix(name))
+        json.loads(next(line for line in output.splitlines() if line.startswith(name)).removeprefix(name))
         for name in ("MESSAGES ", "RESULTS ")
     )
     assert len(found) == 37
@@ -41,3 +48,20 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
         assert "where these are sharded (FSDP, ZeRO-3). Use DDP or ZeRO-2" in messages[f"initial adapter, {form}"]
         assert "base='cached' is off from here on" in messages[f"cached base, {form}"]
         assert "one may find its sequences where another doesn't" in messages[f"cached base, {form}"]
+
+
+def test_the_trainer_logs_over_two_processes_what_it_does_in_one(tmp_path: Path) -> None:
+    """DDP and FSDP2, with a budget whose weight moves; DDP's run is saved, and goes on in one process."""
+    output = launch(2, "ranks_trainer.py", str(tmp_path))
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULTS "))[8:])
+    alone = train(tmp_path / "alone", gradient_accumulation_steps=2)
+    assert len(alone) == 6
+    assert alone[-1]["kl"] > 1e-3
+    weights = [entry["context_weight"] for entry in alone]
+    assert weights[-1] > 1.1 * weights[0]
+    assert found["context weights"][0] == found["context weights"][1]
+    resumed = train(tmp_path / "ddp", resume=tmp_path / "ddp" / "checkpoint-3", gradient_accumulation_steps=2)
+    assert len(resumed) == 6  # three of them from the checkpoint
+    for run in (found["ddp"], found["fsdp2"], resumed):
+        for here, there in zip(run, alone, strict=True):
+            assert [here[name] for name in FIGURES] == pytest.approx([there[name] for name in FIGURES], rel=1e-3)

@@ -306,8 +306,8 @@ def _on_text(model: nn.Module, run: Callable[[], Any]) -> Any:
         if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # a DTensor
             raise ValueError(
                 f"{name} is sharded already, and its parts are gathered for the whole model's forward alone, which the "
-                "proofs of TMKL's loss need before. Attach first, then shard (fully_shard). A trainer that shards the "
-                "model by itself is not supported yet."
+                "proofs of TMKL's loss need before. Attach first, then shard (fully_shard); a trainer that has "
+                "sharded it, in train() or evaluate(), must be built anew."
             ) from error
         raise ValueError(
             f"{name}'s forward fails on a probe of eight text tokens ({type(error).__name__}: {error}), so its logits "

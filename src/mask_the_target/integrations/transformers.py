@@ -88,6 +88,7 @@ class TMKLCallback(TrainerCallback):
         self._choice, self._cached = cache_of(base)
         self._base: Base | None = None
         self._attachment: Attachment | None = None
+        self._ahead = False  # attached already for the training that begins
         # The proof that the trainer backpropagates our loss: at the first optimiser step, and by its value at the
         # first log.
         self._first_step: FirstStep | None = None
@@ -116,6 +117,21 @@ class TMKLCallback(TrainerCallback):
             self._base = resolve_base(inner, self._choice, configs=configs)
         if self.anchors is not None:
             self._add_anchors(self.anchors, args, kwargs.get("processing_class"))
+        trainer = _calling_trainer()
+        if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            self._attach_before_sharding(trainer)
+
+    def _attach_before_sharding(self, trainer: Any) -> None:
+        """FSDP and DeepSpeed take the weights apart before ``on_train_begin``; attaching needs them whole."""
+        wrap = trainer._wrap_model
+
+        def wrap_model(model: nn.Module, training: bool = True, **kwargs: Any) -> Any:
+            if training:
+                self._attach(model, trainer.args)
+                self._ahead = True
+            return wrap(model, training=training, **kwargs)
+
+        trainer._wrap_model = wrap_model
 
     def _add_anchors(self, anchors: Anchors, args: TrainingArguments, processing_class: Any) -> None:
         trainer = _calling_trainer()
@@ -150,8 +166,22 @@ class TMKLCallback(TrainerCallback):
         _check_arguments(args)
         if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
+        if not self._ahead:
+            self._attach(kwargs["model"], args)
+        self._ahead = False
+        assert self._attachment is not None
+        cache = self._attachment.cache
+        if cache is not None:
+            expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
+            cache.expected = None if expected is None else expected + self._anchor_tokens
+        if self.max_drift is not None:
+            self._budget = _resumed(DriftBudget(self.max_drift, self.options.context_weight), args, state)
+            self._attachment.context_weight, self._spent = self._budget.weight, (0.0, 0.0)
+        if self.options.context_weight:
+            self._stop_counting = _count_context(_calling_trainer(), self._attachment)
+
+    def _attach(self, model: Any, args: TrainingArguments) -> None:
         self._release()  # an earlier train() may have been interrupted
-        model = kwargs["model"]
         inner, configs = unwrap(model)
         left_over = attachment_of(inner)
         if left_over is not None and left_over.strict:  # another trainer's, which was interrupted
@@ -164,21 +194,11 @@ class TMKLCallback(TrainerCallback):
         self._value_known = not (args.fp16 or args.deepspeed) and not any(
             str(getattr(config, "peft_type", "")).endswith("ADALORA") for config in configs.values()
         )
-        cache = None
-        if self._cached is not None:
-            expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
-            if expected is not None:
-                expected += self._anchor_tokens
-            cache = BaseCache(self._cached, self._base, expected)
+        cache = None if self._cached is None else BaseCache(self._cached, self._base)
         self._attachment = attach(model, self.options, base=self._base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
         self._attachment.keep_logits = type(args).__module__.startswith("trl.") and trl.reads_logits(args)
         self._first_step, self._steps = FirstStep(self._attachment), 0
-        if self.max_drift is not None:
-            self._budget = _resumed(DriftBudget(self.max_drift, self.options.context_weight), args, state)
-            self._attachment.context_weight, self._spent = self._budget.weight, (0.0, 0.0)
-        if self.options.context_weight:
-            self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
