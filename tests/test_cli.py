@@ -55,6 +55,19 @@ def test_help_loads_no_trainer() -> None:
     assert done.stdout.endswith("set()\n")
 
 
+def test_import_loads_nothing_that_takes_seconds_and_the_names_are_all_there() -> None:
+    heavy = "{'peft', 'accelerate', 'trl', 'datasets', 'scipy', 'matplotlib', 'optuna', 'torch._dynamo'}"
+    code = f"""import sys, torch, transformers
+before = set(sys.modules)
+import mask_the_target
+print({heavy} & (set(sys.modules) - before), 'transformers.trainer_callback' in sys.modules)
+print(all(hasattr(mask_the_target, name) for name in mask_the_target.__all__), mask_the_target.TMKLCallback)
+print(hasattr(mask_the_target, "TMKL_Callback"))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name = "<class 'mask_the_target.integrations.transformers.TMKLCallback'>"
+    assert done.stdout == f"set() False\nTrue {name}\nFalse\n"
+
+
 def test_exit_codes() -> None:
     missing = mtt("train", "nothing.yaml")
     assert missing.returncode == 2

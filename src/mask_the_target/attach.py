@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask_the_target.adapted_head import adapted_head_rows
 from mask_the_target.base import Base, BaseChoice, require_pass_through, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
@@ -492,6 +491,8 @@ class Attachment:
                     "policy does it): their gradients, which are taken in the forward, would not reach the optimizer. "
                     "Use DDP, ZeRO-2 or FSDP2, or leave the head out of the adapter."
                 )
+            from mask_the_target.adapted_head import adapted_head_rows  # brings torch's compiler with it
+
             return adapted_head_rows(
                 hidden,
                 base_hidden,

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mask_the_target.head import is_sharded, layer_below
+from mask_the_target.head import adapter_classes, is_sharded, layer_below
 from mask_the_target.proof import off_is_base
 
 BaseChoice = Literal["auto", "off", "initial"]
@@ -47,7 +45,8 @@ class Base:
 
 def adapter_layers(model: nn.Module) -> list[Any]:
     """Every module of PEFT that can pass through to the base: tuner layers and wrappers of saved modules or tokens."""
-    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    classes = adapter_classes()
+    return [module for module in model.modules() if isinstance(module, classes)]
 
 
 @contextmanager
@@ -154,7 +153,8 @@ def _prove_off(name: str, config: Any, layers: list[Any]) -> None:
     """Refuse an adapter that, turned off, is not the base; warn where a toy can't tell."""
     if _init(config) in _FROM_DATA:
         return
-    layers = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    tuner, _ = adapter_classes()
+    layers = [layer for layer in layers if isinstance(layer, tuner)]
     try:
         failure = off_is_base(config, layers, adapters_off)
     except Exception as error:  # of PEFT, of any kind: this config makes no adapter on the toy
@@ -229,9 +229,10 @@ def _require_adapter(model: nn.Module, layers: list[Any]) -> None:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights that belong to adapters, each once; compared by identity since some are shared between layers."""
+    tuner, _ = adapter_classes()
     found: dict[int, nn.Parameter] = {}
     for layer in adapter_layers(model):
-        frozen_part = "base_layer." if isinstance(layer, BaseTunerLayer) else "original_module."
+        frozen_part = "base_layer." if isinstance(layer, tuner) else "original_module."
         for name, parameter in layer.named_parameters(remove_duplicate=False):
             if not name.startswith(frozen_part):
                 found[id(parameter)] = parameter

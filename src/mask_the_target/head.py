@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
@@ -52,7 +50,7 @@ class HeadTap:
 
     def __init__(self, model: nn.Module) -> None:
         self.module: Any = find_head(model)
-        self.adapted = isinstance(self.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        self.adapted = isinstance(self.module, adapter_classes())
         self._handler: Callable[[Tensor], Tensor] | None = None
         self._calls = 0
         self._original = self.module.__dict__.get("forward")  # an instance attribute, where another tool set one
@@ -154,16 +152,25 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(units) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
+def adapter_classes() -> tuple[type[Any], type[Any]]:
+    """PEFT's tuner layers, and its wrappers of saved modules or tokens. PEFT takes seconds to import: not before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return BaseTunerLayer, AuxiliaryTrainingWrapper
+
+
 def base_layer(module: Any) -> Any:
     """What PEFT's layers and wrappers stand around, or ``module`` itself."""
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    while isinstance(module, adapter_classes()):
         module = layer_below(module)
     return module
 
 
 def layer_below(layer: Any) -> Any:
     """The module that a tuner layer or a wrapper of PEFT passes on to when it is off."""
-    return layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
+    _, wrapper = adapter_classes()
+    return layer.original_module if isinstance(layer, wrapper) else layer.base_layer
 
 
 def text_config(model: nn.Module) -> Any:
