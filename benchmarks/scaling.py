@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 METHODS = ("plain", "tmkl", "tmkl, cached")
+SHARDED = METHODS[:2]  # base="cached" runs uncached where weights are sharded: a rank's base pass is all ranks'
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,14 @@ def received(shape: Shape, method: str, ranks: int, *, itemsize: int = 2) -> flo
     return itemsize * (gathered + shape.trained) * (ranks - 1) / ranks
 
 
+def reduced(shape: Shape, ranks: int) -> float:
+    """Bytes that one rank receives in a step of DDP: the adapter's gradient in float32, summed in a ring."""
+    return 2 * 4 * shape.trained * (ranks - 1) / ranks
+
+
 def memory(shape: Shape, ranks: int, *, itemsize: int = 2) -> float:
-    """Bytes of weights, adapter, its gradient and Adam's two states on one rank of FSDP, the last three in float32."""
+    """Bytes of weights, adapter, its gradient and Adam's two states on one rank of FSDP (of DDP: ``ranks`` is 1), the
+    last three in float32."""
     return (itemsize * shape.parameters + 16 * shape.trained) / ranks
 
 
@@ -137,27 +144,25 @@ def break_even(shape: Shape, length: int, flops: float, *, itemsize: int = 2) ->
 def tables(flops: float, network: float) -> None:
     """Print what each method costs beyond plain training. ``flops``, ``network``: of one GPU, in a second."""
     print(f"GPU: {flops / 1e12:g} TFLOP/s reached, {network / 1e9:g} GB/s received; 4 x 2,048 tokens a GPU, bfloat16")
-    for name, ranks in (("Llama 3 8B", 8), ("Llama 3 70B", 64)):
+    for name, ranks, form, methods in (("Llama 3 8B", 8, "DDP", METHODS), ("Llama 3 70B", 64, "FSDP2", SHARDED)):
         shape = SHAPES[name]
-        print(f"\n{name}, LoRA r {shape.rank}, FSDP on {ranks} GPUs: {memory(shape, ranks) / 2**30:.1f} GiB of weights")
+        held = memory(shape, 1 if form == "DDP" else ranks) / 2**30
+        print(f"\n{name}, LoRA r {shape.rank}, {form} on {ranks} GPUs: {held:.1f} GiB of weights and states on each")
         print(f"{'':<16}{'supervised':>12}{'checkpointing':>15}{'PFLOP':>8}{'/ plain':>9}", end="")
         print(f"{'GB in':>8}{'s':>7}{'/ plain':>9}")
         for share in (1.0, 0.25):
             for checkpointing in (False, True):
                 plain = (0.0, 0.0)
-                for method in METHODS:
+                for method in methods:
                     args = (shape, method, 4, 2048, int(4 * 2048 * share))
                     work = operations(*args, checkpointing=checkpointing)
-                    wire = received(shape, method, ranks)
-                    seconds = max(work / flops, wire / network)  # gathered while it computes
+                    wire = reduced(shape, ranks) if form == "DDP" else received(shape, method, ranks)
+                    seconds = max(work / flops, wire / network)  # the network works while the GPU computes
                     plain = (work, seconds) if method == "plain" else plain
                     print(f"{method:<16}{share:>12.0%}{checkpointing!s:>15}{work / 1e15:>8.2f}", end="")
                     print(f"{work / plain[0]:>9.2f}{wire / 1e9:>8.1f}{seconds:>7.2f}{seconds / plain[1]:>9.2f}")
-        print(
-            f"loss: {loss_memory(shape, 4 * 2048) / 2**20:.0f} MiB; cache: {2 * shape.hidden} bytes a token, worth",
-            end="",
-        )
-        print(f" reading from {break_even(shape, 2048, flops) / 1e6:.0f} MB/s a GPU on")
+        print(f"loss: {loss_memory(shape, 4 * 2048) / 2**20:.0f} MiB; cache: {2 * shape.hidden} bytes a token", end="")
+        print(f", worth reading from {break_even(shape, 2048, flops) / 1e6:.0f} MB/s a GPU on")
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -251,10 +256,9 @@ def count_received() -> None:
 
     dist.init_process_group("gloo")
     batch = data(TOY, 2, 32, 32)
-    for method in METHODS:
+    for method in SHARDED:
         model = toy()
-        # The cache's first step needs whole weights, for the base's fingerprint: attached, filled, and then sharded.
-        with_method(model, method, batch)
+        with_method(model, method, batch)  # before it is sharded
         for layer in model.get_base_model().model.layers:
             fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))

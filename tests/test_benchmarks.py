@@ -222,7 +222,7 @@ def test_a_rank_receives_the_bytes_that_the_formula_says() -> None:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ratios = [float(line.split()[-1]) for line in done.stdout.splitlines() if "bytes received" in line]
-    assert ratios == [pytest.approx(1, abs=0.002)] * len(scaling.METHODS)  # norms, and padding to equal shards
+    assert ratios == [pytest.approx(1, abs=0.002)] * len(scaling.SHARDED)  # norms, and padding to equal shards
 
 
 def test_a_models_weights_are_counted() -> None:

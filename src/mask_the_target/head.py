@@ -136,7 +136,7 @@ def find_head(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} is partitioned already (ZeRO-3, FSDP): its head's weight has the shape "
             f"{list(linear.weight.shape)} here. In a loop of your own, attach before the model is wrapped; with a "
-            "trainer, use ZeRO-2 or DDP."
+            "trainer, load the model before its arguments are made, or use ZeRO-2 or DDP."
         )
     return head
 
