@@ -56,6 +56,8 @@ class BaseCache:
         Raises:
             ValueError: at the first call, if an announced epoch would pass the limit or fill the disk.
         """
+        if is_sharded(self._base.model):
+            return self._hidden_together(inputs, supervised, compute)
         if self._off is not None or not len(supervised):
             return compute(inputs)
         reason = self._reason_against(inputs)
@@ -93,6 +95,31 @@ class BaseCache:
             store.write(document.key, hidden[document.start : document.end])
         return hidden.to(store.dtype)  # so that the first epoch's losses are the later ones'
 
+    def _hidden_together(self, inputs: Mapping[str, Any], supervised: Tensor, compute: Callable[..., Tensor]) -> Tensor:
+        """Where all processes gather the weights for a base pass together: from disk if each one finds its sequences,
+        else none does. Nothing is written, and the cache must have been opened before, by the whole weights."""
+        store, found = self._store, None
+        if store is None and self._off is None:
+            self._stop(
+                "the model is sharded (FSDP, ZeRO-3), and the base's fingerprint needs whole weights. To use it, fill "
+                "it before the model is wrapped (attachment.fill_cache)"
+            )
+        if store is not None and len(supervised) and self._reason_against(inputs) is None:
+            given = frozenset(name for name, value in inputs.items() if value is not None)
+            documents = spans(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                inputs.get("position_ids"),
+                supervised,
+                isolated=self._isolated.get(given, False),
+            )
+            found = store.read([d.key for d in documents], [d.end - d.start for d in documents])
+        missing = torch.tensor(float(found is None), device=supervised.device)
+        torch.distributed.all_reduce(missing)
+        if found is not None and not missing:
+            return found.to(supervised.device)
+        return compute(inputs) if store is None else compute(inputs).to(store.dtype)
+
     @property
     def stopped(self) -> str | None:
         """Why nothing more is stored, or None."""
@@ -127,11 +154,6 @@ class BaseCache:
         other = [name for name, value in inputs.items() if name not in known and not _is_flag(value)]
         if other:
             return f"the base depends on more than token ids: the batch holds {', '.join(map(repr, other))}"
-        if is_sharded(self._base.model):
-            return (
-                "the model is sharded over processes (FSDP, ZeRO-3), which run each base pass together, and one may "
-                "find its sequences where another doesn't"
-            )
         if self._store is not None and self._autocast != _autocast(ids.device):
             return "the autocast dtype changed since the cache was opened"
         return None
