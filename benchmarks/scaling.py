@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 METHODS = ("plain", "tmkl", "tmkl, cached")
-SHARDED = METHODS[:2]  # base="cached" runs uncached where weights are sharded: a rank's base pass is all ranks'
+SHARDED = METHODS[:2]  # base="cached" writes nothing where weights are sharded: a rank's base pass is all ranks'
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,9 @@ def loop() -> dict[str, Any]:
     return found
 
 
-def trainer(stage: int) -> list[dict[str, float]]:
-    """What transformers' Trainer logs in three steps of four rows each: over two ranks with ZeRO, or in one process."""
+def trainer(stage: int, *, partitioned: bool = False) -> list[dict[str, float]]:
+    """What transformers' Trainer logs in three steps of four rows each: over two ranks with ZeRO, or in one process.
+    ``partitioned``: before the trainer is built."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for place in range(12):
@@ -110,7 +111,8 @@ def trainer(stage: int) -> list[dict[str, float]]:
             disable_tqdm=True,
         )
         callback = TMKLCallback(TMKL(weight=0.5))
-        model = with_lora(toy_llama())
+        with deepspeed.zero.Init(enabled=partitioned):  # as from_pretrained loads it
+            model = with_lora(toy_llama(pad_token_id=None))
         run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
         run.train()
     return [{key: entry[key] for key in ("loss", "ce", "kl")} for entry in run.state.log_history if "loss" in entry]
@@ -119,10 +121,10 @@ def trainer(stage: int) -> list[dict[str, float]]:
 def main(what: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if what == "loop":
+    if what != "0":
         deepspeed.init_distributed("gloo")
     try:
-        found: Any = loop() if what == "loop" else trainer(int(what))
+        found: Any = loop() if what == "loop" else trainer(int(what[0]), partitioned=what.endswith("partitioned"))
     except ValueError as error:
         found = str(error)
     if not dist.is_initialized() or dist.get_rank() == 0:
