@@ -46,9 +46,13 @@ compatibility: $(VENV)/.installed
 
 # Frameworks whose pins conflict with ours, DeepSpeed, and the trackers of report_to, each in an environment of its own.
 # One: make integrations FRAMEWORKS=axolotl
-FRAMEWORKS ?= axolotl llamafactory swift deepspeed trackers
+# `oldest` has the lowest versions that the library allows, and runs the tests of the loss and the callback.
+FRAMEWORKS ?= axolotl llamafactory swift deepspeed trackers oldest
+TESTS_oldest := $(patsubst %,tests/test_%.py,objective linear rows_torch head base context attach attach_prefix prefix \
+	adapted_head cache base_cache sine_lora) $(patsubst %,tests/integrations/test_%.py,transformers settings anchors)
 integrations: $(FRAMEWORKS:%=.venv-integrations/%/.installed)
-	set -e; for name in $(FRAMEWORKS); do .venv-integrations/$$name/bin/python -m pytest tests/frameworks/test_$$name.py $(ARGS); done
+	set -e $(foreach name,$(FRAMEWORKS),; .venv-integrations/$(name)/bin/python -m pytest \
+		$(or $(TESTS_$(name)),tests/frameworks/test_$(name).py) $(ARGS))
 
 # Every version is in the file. What a framework asks for beyond it (web interfaces, clouds, kernels for GPUs) isn't
 # needed for these tests, and some of it can't be installed without a GPU: hence --no-deps, but for torch itself.

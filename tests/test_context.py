@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -215,6 +216,8 @@ def test_a_batch_without_a_target_still_holds_its_context() -> None:
         loss = model(**data).loss
         assert float(loss) == pytest.approx(float(expected.loss), rel=1e-5)
         assert distance(gradients(loss, model), gradients(expected.loss, model)) < 1e-5
+        if not hasattr(trl.trainer.utils, "FusedCausalLMOutput"):
+            pytest.skip("the results above hold; this TRL has no fused head, whose results come next")
         fused = model(**data, fused_lm_head=True)
         assert float(-fused.log_probs.sum()) == pytest.approx(float(expected.loss), rel=1e-5)
 

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,8 @@ from conftest import SIZES, batch, move, toy_llama, with_lora
 from mask_the_target.base import adapters_off
 from mask_the_target.head import HeadTap, evaluating
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
+
+OLD = transformers.__version__.startswith("4.")
 
 FOUR_LAYERS = SIZES | {"num_hidden_layers": 4, "head_dim": 4}
 GPT2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
@@ -206,6 +209,8 @@ def test_attention_dropout_and_layer_dropout() -> None:
     opt = {"vocab_size": 48, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     lora = {"target_modules": ["q_proj"]}
     settings = opt | {"dropout": 0.0, "word_embed_proj_dim": 16, "max_position_embeddings": 64}
+    if OLD:
+        pytest.skip("this transformers' OPT draws a random number for each layer, also where none is dropped")
     assert find(adapted(toy(OPTConfig(**settings)), **lora)) is not None
     assert find(adapted(toy(OPTConfig(**settings, layerdrop=0.01)), **lora)) is None
 
@@ -333,6 +338,7 @@ def test_layers_that_read_more_than_the_hidden_states(strict: bool) -> None:
     assert find(adapted(model)) is None
 
 
+@pytest.mark.skipif(OLD, reason="with this transformers, Gemma 3n's first layers can be skipped")
 def test_shared_keys_and_values() -> None:
     settings = FOUR_LAYERS | {
         "num_kv_shared_layers": 2,

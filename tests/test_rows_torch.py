@@ -76,6 +76,7 @@ def test_rows_equal_the_definition(options: TMKL, contexts: bool) -> None:
     _check(z_a, z_b, labels, options)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 can't compile it and takes eager PyTorch")
 @pytest.mark.parametrize("options", [COMPILED[0], COMPILED[2]], ids=str)  # each is seconds of compilation
 def test_compiled_rows_equal_the_definition(options: TMKL, compile_all: None) -> None:
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -14,6 +15,20 @@ from peft import PeftModel, get_peft_model
 from conftest import move, toy_llama
 from mask_the_target.base import adapters_off
 from mask_the_target.sine_lora import SineLoraConfig
+
+OLD = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_peft_that_saves_it(request: pytest.FixtureRequest) -> None:
+    if OLD and request.function is not test_a_peft_that_cannot_save_it_is_refused:
+        pytest.skip(f"SineLoRA needs PEFT 0.21, and this is {peft.__version__}")
+
+
+def test_a_peft_that_cannot_save_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(ImportError, match=r"SineLoRA needs PEFT 0.21 or newer, and 0.20.1 is.*pip install -U peft"):
+        SineLoraConfig(target_modules=["q_proj"])
 
 
 def test_layer_computes_the_formula_and_its_gradients_in_float64() -> None:

@@ -389,12 +389,15 @@ def row_kernel(device: str) -> Callable[..., Rows]:
 
 @contextmanager
 def _matrix_units(*dtypes: torch.dtype) -> Iterator[None]:
-    """On CPUs with AVX512_BF16 or AMX, float32 products of bfloat16 numbers run on them: exact inputs, float32 out."""
+    """On CPUs with AVX512_BF16 or AMX, float32 products of bfloat16 numbers run on them: exact inputs, float32 out.
+
+    Before torch 2.9 there is no such setting, and they take their time.
+    """
     units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not units or any(dtype != torch.bfloat16 for dtype in dtypes):
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None or not units or any(dtype != torch.bfloat16 for dtype in dtypes):
         yield
         return
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -246,7 +246,7 @@ def _same_in_training(model: nn.Module, found: _Found, run: Callable[[], Tensor]
     modules = [*found.containers, *found.early]
     with (
         adapters_off(model),
-        torch.random.fork_rng([d.index for d in devices], device_type=devices[0].type if devices else None),
+        torch.random.fork_rng([d.index for d in devices], device_type=devices[0].type if devices else "cpu"),
         found.following.register_forward_pre_hook(enter, with_kwargs=True),
     ):
         run()

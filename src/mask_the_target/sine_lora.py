@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 from peft import LoraConfig, LoraModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraVariant
@@ -23,12 +24,18 @@ class SineLoraConfig(LoraConfig):
     """PEFT's :class:`~peft.LoraConfig`, read as SineLoRA; ``A`` and ``B`` start as LoRA's do.
 
     Raises:
+        ImportError: for a PEFT before 0.21, which trains it and then doesn't save it.
         ValueError: for an initialisation that writes into the base weights, or for another variant of LoRA on top.
     """
 
     peft_type: Any = PEFT_TYPE
 
     def __post_init__(self) -> None:
+        if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
+            raise ImportError(
+                f"SineLoRA needs PEFT 0.21 or newer, and {peft.__version__} is installed, which can't save an adapter "
+                "that isn't its own. Install it with: pip install -U peft"
+            )
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         if self.init_lora_weights not in (True, False, "gaussian"):
