@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -111,7 +112,7 @@ def trainer(stage: int, *, partitioned: bool = False) -> list[dict[str, float]]:
             disable_tqdm=True,
         )
         callback = TMKLCallback(TMKL(weight=0.5))
-        with deepspeed.zero.Init(enabled=partitioned):  # as from_pretrained loads it
+        with deepspeed.zero.Init() if partitioned else nullcontext():  # as from_pretrained loads it
             model = with_lora(toy_llama(pad_token_id=None))
         run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
         run.train()
