@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
+from ranks import leave
 
 FIGURES = ("loss", "ce", "kl", "context_kl", "context_weight")
 
@@ -79,7 +80,7 @@ def main(folder: Path) -> None:
     found["fsdp2"] = train(folder / "fsdp2", fsdp=True)
     if dist.get_rank() == 0:
         print("RESULTS " + json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback, attach
-from ranks import LEARNING_RATE, OPTIONS, ROWS, global_batch, share
+from ranks import LEARNING_RATE, OPTIONS, ROWS, global_batch, leave, share
 from reference import reference_loss
 
 
@@ -130,6 +130,8 @@ def main(what: str) -> None:
         found = str(error)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print("RESULTS " + json.dumps(found))
+    if dist.is_initialized():
+        leave()
 
 
 if __name__ == "__main__":
