@@ -68,19 +68,12 @@ class BaseCache:
             return compute(inputs)
         store = self._store
         assert store is not None
-        restarts, given = _restarts(inputs), frozenset(name for name, value in inputs.items() if value is not None)
+        restarts, given = _restarts(inputs), _given(inputs)
         if restarts is not None and given not in self._isolated:
             proved = self._prove_isolation(inputs, supervised, restarts, compute)
             if proved is not None:
                 self._isolated[given] = proved
-        documents = spans(
-            inputs["input_ids"],
-            inputs.get("attention_mask"),
-            inputs.get("position_ids"),
-            supervised,
-            isolated=self._isolated.get(given, False),
-        )
-        found = store.read([d.key for d in documents], [d.end - d.start for d in documents])
+        documents, found = self._read(store, inputs, supervised)
         if found is not None:
             return found.to(supervised.device)
         hidden = compute(inputs)
@@ -105,20 +98,23 @@ class BaseCache:
                 "it before the model is wrapped (attachment.fill_cache)"
             )
         if store is not None and len(supervised) and self._reason_against(inputs) is None:
-            given = frozenset(name for name, value in inputs.items() if value is not None)
-            documents = spans(
-                inputs["input_ids"],
-                inputs.get("attention_mask"),
-                inputs.get("position_ids"),
-                supervised,
-                isolated=self._isolated.get(given, False),
-            )
-            found = store.read([d.key for d in documents], [d.end - d.start for d in documents])
+            _, found = self._read(store, inputs, supervised)
         missing = torch.tensor(float(found is None), device=supervised.device)
         torch.distributed.all_reduce(missing)
         if found is not None and not missing:
             return found.to(supervised.device)
         return compute(inputs) if store is None else compute(inputs).to(store.dtype)
+
+    def _read(self, store: HiddenStates, inputs: Mapping[str, Any], supervised: Tensor) -> tuple[list[Any], Any]:
+        """The documents of the supervised positions, and their stored hidden states ``[n, d]``: None if any isn't."""
+        documents = spans(
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            supervised,
+            isolated=self._isolated.get(_given(inputs), False),
+        )
+        return documents, store.read([d.key for d in documents], [d.end - d.start for d in documents])
 
     @property
     def stopped(self) -> str | None:
@@ -215,6 +211,10 @@ class BaseCache:
             "Use base='auto' to say so from the start.",
             stacklevel=2,
         )
+
+
+def _given(inputs: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name, value in inputs.items() if value is not None)
 
 
 def _is_flag(value: Any) -> bool:

@@ -117,7 +117,6 @@ class TMKLCallback(TrainerCallback):
             self._base = resolve_base(inner, self._choice, configs=configs)
         if self.anchors is not None:
             self._add_anchors(self.anchors, args, kwargs.get("processing_class"))
-        trainer = _calling_trainer()
         if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             self._attach_before_sharding(trainer)
 
