@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from options import ALL_OPTIONS
 from ranks_trainer import FIGURES, train
 
 HERE = Path(__file__).resolve().parent
@@ -26,14 +28,16 @@ def launch(ranks: int, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def results_of(output: str, *names: str) -> list[Any]:
+    """What the lines that begin with each of ``names`` say, as JSON."""
+    lines = [next(line for line in output.splitlines() if line.startswith(name)) for name in names]
+    return [json.loads(line.removeprefix(name)) for line, name in zip(lines, names, strict=True)]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     """Unequal supervised tokens, a rank without any, accumulation, each kind of base and of head; see ranks.py."""
-    output = launch(ranks, "ranks.py")
-    messages, found = (
-        json.loads(next(line for line in output.splitlines() if line.startswith(name)).removeprefix(name))
-        for name in ("MESSAGES ", "RESULTS ")
-    )
+    messages, found = results_of(launch(ranks, "ranks.py"), "MESSAGES ", "RESULTS ")
     assert len(found) == 37
     for name, case in found.items():
         assert case["loss"] == pytest.approx(case["expected"], rel=1e-5), name
@@ -45,13 +49,12 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     assert "would not reach the optimizer. Use DDP, ZeRO-2 or FSDP2" in messages["head's parts"]
     assert "the base's fingerprint needs whole weights. To use it, fill it before" in messages["cached base"]
     for form in ("fsdp1", "fsdp2"):
-        assert "where these are sharded (FSDP, ZeRO-3). Use DDP or ZeRO-2" in messages[f"initial adapter, {form}"]
+        assert "sharded (FSDP, ZeRO-3, tensor parallelism). Use DDP or ZeRO-2" in messages[f"initial adapter, {form}"]
 
 
 def test_the_trainer_logs_over_two_processes_what_it_does_in_one(tmp_path: Path) -> None:
     """DDP and FSDP2, with a budget whose weight moves; DDP's run is saved, and goes on in one process."""
-    output = launch(2, "ranks_trainer.py", str(tmp_path))
-    found = json.loads(next(line for line in output.splitlines() if line.startswith("RESULTS "))[8:])
+    (found,) = results_of(launch(2, "ranks_trainer.py", str(tmp_path)), "RESULTS ")
     alone = train(tmp_path / "alone", gradient_accumulation_steps=2)
     assert len(alone) == 6
     assert alone[-1]["kl"] > 1e-3
@@ -63,3 +66,36 @@ def test_the_trainer_logs_over_two_processes_what_it_does_in_one(tmp_path: Path)
     for run in (found["ddp"], found["fsdp2"], resumed):
         for here, there in zip(run, alone, strict=True):
             assert [here[name] for name in FIGURES] == pytest.approx([there[name] for name in FIGURES], rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_sharded_vocabulary_is_never_gathered(ranks: int) -> None:
+    """Tensor parallelism: every option's terms and gradients, and first steps of a sharded model; no rank makes the
+    whole vocabulary's logits. See ranks_vocabulary.py."""
+    if ranks == 2:
+        pytest.importorskip("transformers.distributed.tensor_parallel", reason="an older kind of tensor parallelism")
+    messages, functional, models = results_of(
+        launch(ranks, "ranks_vocabulary.py"), "MESSAGES ", "FUNCTIONAL ", "MODELS "
+    )
+    assert len(functional) == 2 * len(ALL_OPTIONS) + 2
+    for name, case in functional.items():
+        assert case["terms"] < 1e-12, name
+        assert case["gradients"] < 1e-12, name
+        assert case["width"] == {2: 7, 3: 5}[ranks], name  # of 13 tokens
+    assert "placements [Replicate()]; only one whose vocabulary is sharded" in messages["placements"]
+    if ranks == 3:
+        assert "4 tokens over 3 processes leaves one of them without" in messages["few tokens"]
+        return
+    assert len(models) == 4
+    for name, case in models.items():
+        assert case["loss"] == pytest.approx(case["expected"], rel=1e-5), name
+        assert case["kl"] == pytest.approx(case["expected kl"], rel=1e-5), name
+        assert case["kl"] > 0.1, name
+        assert case["moved"] > 1e-3, name
+        assert case["error"] < 1e-6, name
+        assert case["width"] == 48, name  # of 96 tokens
+    assert "'model.embed_tokens.weight' is sharded or not loaded, so the base can't be" in messages["cached base"]
+    assert "Load both with the same tensor parallelism" in messages["whole base"]
+    assert "sharded (FSDP, ZeRO-3, tensor parallelism)" in messages["initial adapter"]
+    assert "its vocabulary is sharded (tensor parallelism)" in messages["saved head"]
+    assert "load the model sharded, with from_pretrained" in messages["torch's own"]

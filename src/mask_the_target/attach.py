@@ -31,6 +31,7 @@ from mask_the_target.head import (
     Probed,
     accepted,
     evaluating,
+    is_distributed,
     is_sharded,
     narrow,
     probe,
@@ -144,7 +145,13 @@ class Attachment:
         self._tap = HeadTap(self.model)
         try:
             # Outside of the head's own call its weight has another shape, once the model is sharded.
-            self._vocabulary = self._tap.head().weight.shape[0]
+            weight = self._tap.head().weight
+            if self._tap.adapted and is_distributed(weight):
+                raise ValueError(
+                    "the head has an adapter or a trained copy, and its vocabulary is sharded (tensor parallelism), "
+                    "where only the base's head is supported. Leave the head out of the adapter."
+                )
+            self._vocabulary = weight.shape[0]
             self._previous = self.model.forward
             self._own = self.model.__dict__.get("forward")
             self._probed = probe(self.model, self._previous, self._tap)

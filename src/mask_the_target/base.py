@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mask_the_target.head import adapter_classes, is_sharded, layer_below
+from mask_the_target.head import adapter_classes, is_distributed, is_sharded, layer_below
 from mask_the_target.proof import off_is_base
 
 BaseChoice = Literal["auto", "off", "initial"]
@@ -299,11 +299,11 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
 
     def require_unchanged() -> None:
-        if is_sharded(model):
+        if is_sharded(model) or any(is_distributed(parameter) for parameter in parameters):
             raise RuntimeError(
                 "base='initial' puts a copy of the initial adapter in the place of its weights for each base pass, "
-                "which isn't possible where these are sharded (FSDP, ZeRO-3). Use DDP or ZeRO-2, or pass a separately "
-                "loaded model as base=."
+                "which isn't possible where these are sharded (FSDP, ZeRO-3, tensor parallelism). Use DDP or ZeRO-2, "
+                "or pass a separately loaded model as base=."
             )
         layers = adapter_layers(model)
         _require_adapter(model, layers)

@@ -41,6 +41,12 @@ class Head(NamedTuple):
     transform: LogitTransform = LogitTransform()
 
 
+_TENSOR_PARALLEL = (
+    "For tensor parallelism, load the model sharded, with from_pretrained(..., "
+    "distributed_config=DistributedConfig(tp_size=...)) of transformers, and attach then."
+)
+
+
 class HeadTap:
     """Stands in the place of a head's forward; passes everything on unless :meth:`run` is under way.
 
@@ -60,6 +66,8 @@ class HeadTap:
         def tapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._handler is None:
                 return forward(x, *args, **kwargs)
+            if is_distributed(x):
+                raise ValueError(f"the head is given a DTensor, as torch's parallelize_module does. {_TENSOR_PARALLEL}")
             self._calls += 1
             return self._handler(x)
 
@@ -150,6 +158,11 @@ def is_sharded(module: nn.Module) -> bool:
 
     units = [m for m in module.modules() if m is not module and isinstance(m, (FSDPModule, FullyShardedDataParallel))]
     return bool(units) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which has a part of the whole on each process."""
+    return hasattr(tensor, "full_tensor")
 
 
 def adapter_classes() -> tuple[type[Any], type[Any]]:
@@ -263,15 +276,23 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
                 "a head stored in another layout (packed, quantised) is not supported."
             )
         transform = _fit_transform(name, grid, shown.logits)
-        if tap.adapted:
-            expected = output.float()
-        else:
-            expected = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        expected = transform(expected)
+        expected = transform(output.float() if tap.adapted else _head_output(hidden, weight, bias))
         # Logits may be float32 in name only: autocast casts them up after the head.
         tolerance = _tolerance(own.logits, output, hidden, weight)
         _require_equal(name, "logits", own.logits.float(), expected, tolerance)
         return Probed(transform, *_prove_loss(model, name, forward, inputs, own.logits.float()))
+
+
+def _head_output(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias`` in float32, ``[.., V]``, also of a weight that is sharded over the vocabulary."""
+    hidden = hidden.float()
+    if is_distributed(weight):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(weight, DTensor)
+        hidden = DTensor.from_local(hidden, weight.device_mesh)
+    output: Any = F.linear(hidden, weight.float(), None if bias is None else bias.float())
+    return output.full_tensor() if is_distributed(output) else output
 
 
 def probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int) -> dict[str, Any]:
@@ -310,11 +331,11 @@ def _on_text(model: nn.Module, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except Exception as error:
-        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # a DTensor
+        if any(is_distributed(parameter) for parameter in model.parameters()):
             raise ValueError(
-                f"{name} is sharded already, and its parts are gathered for the whole model's forward alone, which the "
-                "proofs of TMKL's loss need before. Attach first, then shard (fully_shard); a trainer that has "
-                "sharded it, in train() or evaluate(), must be built anew."
+                f"{name} is sharded already, in a way that its forward can't be run on a probe ({error}), which the "
+                "proofs of TMKL's loss need. Attach first, then shard (fully_shard); a trainer that has sharded it, in "
+                f"train() or evaluate(), must be built anew. {_TENSOR_PARALLEL}"
             ) from error
         raise ValueError(
             f"{name}'s forward fails on a probe of eight text tokens ({type(error).__name__}: {error}), so its logits "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from mask_the_target import rows_torch
-from mask_the_target.head import Head, LogitTransform
+from mask_the_target.head import Head, LogitTransform, is_distributed
 from mask_the_target.objective import (
     CONTEXT_INDEX,
     IGNORE_INDEX,
@@ -29,7 +29,7 @@ from mask_the_target.objective import (
     check_rows,
     reduce_rows,
 )
-from mask_the_target.rows_torch import Rows, join_rows
+from mask_the_target.rows_torch import Rows, VocabularyShard, join_rows
 
 # One model's logits of a chunk. On a CPU both models' together are 32 MiB, the most that glibc gives from memory that
 # it holds already: 0.97 of the three products alone, against 1.03 to 1.17 with 2 to 4 times as much, whose pages are
@@ -62,7 +62,9 @@ def linear_target_masked_kl(
     Args:
         hidden: adapted model's final hidden states, ``[N, d]``, row ``i`` predicting ``labels[i]``.
         base_hidden: base model's, ``[N, d_b]``; no gradient flows into them.
-        head_weight: ``[V, d]``. Its gradient is computed only when it requires one.
+        head_weight: ``[V, d]``. Its gradient is computed only when it requires one. A DTensor whose vocabulary is
+            sharded (tensor parallelism) is never gathered: each rank makes the logits of its part, with the same rows
+            and labels, and only statistics of rows and ``[N, d]`` gradients are reduced.
         labels: ``[N]`` int64; rows with -100 are never multiplied with the head. Rows with -1 (only with
             ``context_weight``) are context rows.
         options: see :class:`~mask_the_target.TMKL`.
@@ -83,7 +85,8 @@ def linear_target_masked_kl(
         float64); bfloat16 and float16 products are accumulated into float32 logits.
 
     Raises:
-        ValueError: if shapes don't match, a label lies outside the vocabulary (checked where that needs no device
+        ValueError: if shapes don't match, a head is a DTensor in another layout, or one head is and the other is not, a
+            label lies outside the vocabulary (checked where that needs no device
             sync: on the CPU), ``chunk_tokens < 1``, or ``logits_dtype`` is not the inputs'.
     """
     check_rows("hidden", hidden, "base_hidden", base_hidden, labels)
@@ -148,7 +151,13 @@ def linear_rows(
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1: the rows of logits computed at a time.")
     with_graph = torch.is_grad_enabled()
-    weight, bias = head.weight, head.bias
+    weight, bias, shard = _own_part(head)
+    base_weight, base_bias, base_shard = (None, None, shard) if base_head is None else _own_part(base_head)
+    if base_shard != shard:
+        raise ValueError(
+            "the adapted model's head and the base's are not sharded over the vocabulary in the same way. Load both "
+            "with the same tensor parallelism."
+        )
     if hidden.device.type != "cpu" and torch.is_autocast_enabled(hidden.device.type):
         # What autocast does at the model's own head. On CPUs the products are float32 anyway, and exact.
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -158,8 +167,8 @@ def linear_rows(
         weight,
         bias,
         base_hidden,
-        None if base_head is None else base_head.weight,
-        None if base_head is None else base_head.bias,
+        base_weight,
+        base_bias,
         labels,
         *_numbers(head.transform),
         *_numbers((base_head or head).transform),
@@ -175,6 +184,7 @@ def linear_rows(
         full_kl,
         token_statistics,
         skip_ignored,
+        *(shard or (0, 0, None)),
         with_graph and hidden.requires_grad,
         with_graph and weight.requires_grad,
         with_graph and bias is not None and bias.requires_grad,
@@ -189,6 +199,31 @@ def linear_rows(
         entropy.detach() if token_statistics else None,
         is_top1 if token_statistics else None,
     )
+
+
+def _own_part(head: Head) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    """Weight and bias as this process has them, and which part of the vocabulary that is: None for all of it."""
+    weight, bias = head.weight, head.bias
+    if not is_distributed(weight):
+        return weight, bias, None
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(weight, DTensor)
+    if tuple(weight.placements) != (Shard(0),):
+        raise ValueError(
+            f"the head's weight is a DTensor with placements {list(weight.placements)}; only one whose vocabulary is "
+            "sharded over one dimension of the mesh, [Shard(0)], is supported."
+        )
+    mesh = weight.device_mesh
+    size = -(-len(weight) // mesh.size())
+    own = weight.to_local()
+    if len(weight) <= size * (mesh.size() - 1):
+        raise ValueError(
+            f"a vocabulary of {len(weight)} tokens over {mesh.size()} processes leaves one of them without a token; "
+            "use fewer processes."
+        )
+    part = VocabularyShard(mesh.get_local_rank() * size, size, mesh.get_group().group_name)
+    return own, bias.to_local() if isinstance(bias, DTensor) else bias, part
 
 
 def _numbers(transform: LogitTransform) -> tuple[float, float | None]:
@@ -222,6 +257,9 @@ def _linear_rows(
     full_kl: bool,
     token_statistics: bool,
     skip_ignored: bool,
+    shard_first: int,
+    shard_size: int,
+    shard_group: str | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -239,6 +277,7 @@ def _linear_rows(
         temperature,
         exclude_base_above,
     )
+    shard = None if shard_group is None else VocabularyShard(shard_first, shard_size, shard_group)
     positions, kept = len(labels), None
     if skip_ignored:
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
@@ -257,9 +296,10 @@ def _linear_rows(
     d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=statistics, device=hidden.device)
     d_bias = torch.zeros(len(weight) if need_bias else 0, dtype=statistics, device=hidden.device)
     with_gradient = need_hidden or need_weight or need_bias
-    chunk_tokens = chunk_tokens or rows_of_chunk(hidden.device.type, logits_dtype.itemsize, len(weight))
+    columns = len(weight) if shard is None else shard.size  # the same on each process, for the same chunks
+    chunk_tokens = chunk_tokens or rows_of_chunk(hidden.device.type, logits_dtype.itemsize, columns)
     blocks: list[Rows] = []
-    compute_rows = row_kernel(hidden.device.type)
+    compute_rows = row_kernel(hidden.device.type) if shard is None else rows_torch.compute_rows
     # Autocast would send the products to bfloat16 logits; their dtype is chosen here.
     with torch.autocast(hidden.device.type, enabled=False), _matrix_units(hidden.dtype, weight.dtype):
         # One pass over an empty batch, so that the results have their dtype.
@@ -287,6 +327,7 @@ def _linear_rows(
                     gradient=gradient,
                     full_kl=full_kl,
                     token_statistics=token_statistics,
+                    **({} if shard is None else {"shard": shard}),
                 )
             )
             if gradient is None:
@@ -298,6 +339,8 @@ def _linear_rows(
             if need_bias:
                 d_bias += gradient.sum(0, dtype=statistics)
             del x_a, x_b, gradient  # freed before the next chunk's are made
+    if shard is not None and need_hidden:
+        d_hidden = shard.reduced(d_hidden, "sum")
     empty = torch.empty(0, dtype=statistics, device=hidden.device)
     results = [empty.clone() if column is None else column for column in join_rows(blocks)]
     if kept is not None:
@@ -311,8 +354,8 @@ def _linear_rows(
 
 @_linear_rows.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, base_hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    labels, flags = rest[2], rest[-6:]
-    full_kl, token_statistics, _, need_hidden, need_weight, need_bias = flags
+    labels, flags = rest[2], rest[-9:]
+    full_kl, token_statistics, _, *_, need_hidden, need_weight, need_bias = flags
     statistics = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     n = labels.shape[0]
 

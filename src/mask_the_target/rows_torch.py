@@ -36,6 +36,25 @@ _EAGER_ELEMENTS = {"cpu": 2**18}
 _EAGER_ELEMENTS_ELSEWHERE = 2**24
 
 
+class VocabularyShard(NamedTuple):
+    """The part of the vocabulary whose logits this process has: ``[first, first + size)``, one of equal parts.
+
+    Only the last part may be smaller than ``size``. ``group`` is the name of the group of processes that have the
+    parts; they go through the same rows together, and only statistics of rows, ``[n, 1]``, are reduced over them.
+    """
+
+    first: int
+    size: int
+    group: str
+
+    def reduced(self, x: Tensor, operation: str) -> Tensor:
+        """``x``, of any shape, as the "sum" or "max" over all parts."""
+        from torch.distributed import _functional_collectives as collectives
+
+        group: Any = self.group
+        return collectives.all_reduce(x, operation, group)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Per-row results, ``[n]`` each, in nats; all but ``loss`` are detached.
@@ -66,6 +85,7 @@ def compute_rows(
     gradient: Tensor | None = None,
     full_kl: bool = False,
     token_statistics: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> Rows:
     """Loss terms of a block of rows, and the gradient of each row's ``loss`` in its logits.
 
@@ -79,6 +99,7 @@ def compute_rows(
         gradient: ``[n, V]``, overwritten with d loss / d x_a in its own dtype; may be ``x_a`` itself. None: not needed.
         full_kl: also compute the full-vocabulary KL.
         token_statistics: also compute entropy and is_top1.
+        shard: the part of the vocabulary that the V columns are, where they are a part. Labels are the whole's.
     """
     weight = torch.full((), options.weight, dtype=_statistics_dtype(x_a), device=x_a.device)
     settings = _Settings(
@@ -92,13 +113,14 @@ def compute_rows(
         base_transform,
         full_kl,
         token_statistics,
+        shard,
     )
-    if x_a.device.type == "cpu" and x_a.numel() >= _COMPILE_FROM and len(labels) > 1:
+    if shard is None and x_a.device.type == "cpu" and x_a.numel() >= _COMPILE_FROM and len(labels) > 1:
         results = _run_compiled(x_a, x_b, labels, weight, settings, gradient)
         if results is not None:
             return Rows(*results)
     elements = _EAGER_ELEMENTS.get(x_a.device.type, _EAGER_ELEMENTS_ELSEWHERE)
-    step = max(1, elements // x_a.shape[1])
+    step = max(1, elements // (x_a.shape[1] if shard is None else shard.size))
     blocks = []
     for start in range(0, max(1, len(labels)), step):
         rows = slice(start, start + step)
@@ -127,6 +149,24 @@ class _Settings(NamedTuple):
     base_transform: LogitTransform
     full_kl: bool
     token_statistics: bool
+    shard: VocabularyShard | None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the vocabulary: ``[n, V] -> [n, 1]``."""
+        total = x.sum(1, keepdim=True)
+        return total if self.shard is None else self.shard.reduced(total, "sum")
+
+    def amax(self, x: Tensor) -> Tensor:
+        """Over the vocabulary: ``[n, V] -> [n, 1]``."""
+        highest = x.amax(1, keepdim=True)
+        return highest if self.shard is None else self.shard.reduced(highest, "max")
+
+    def log_softmax(self, u: Tensor) -> Tensor:
+        """Over the vocabulary, ``[n, V]``."""
+        if self.shard is None:
+            return u.log_softmax(1)
+        u = u - self.amax(u)
+        return u - self.sum(u.exp()).log()
 
 
 _Results = tuple[Any, ...]
@@ -171,8 +211,9 @@ def _rows(
     z_a = settings.transform(x_a.to(_statistics_dtype(x_a)))
     z_b = settings.base_transform(x_b.to(_statistics_dtype(x_b)))
     has_target = (labels >= 0)[:, None]  # [n, 1]; so are all the statistics below
-    is_target = torch.arange(x_a.shape[1], dtype=torch.int32, device=x_a.device) == labels.to(torch.int32)[:, None]
-    a, b = _split(z_a, labels, is_target), _split(z_b, labels, is_target)
+    columns = labels if settings.shard is None else labels - settings.shard.first  # targets elsewhere are outside
+    is_target = torch.arange(x_a.shape[1], dtype=torch.int32, device=x_a.device) == columns.to(torch.int32)[:, None]
+    a, b = _split(z_a, columns, is_target, settings), _split(z_b, columns, is_target, settings)
     ce = torch.where(has_target, a.lse - a.z_y, 0.0)
     excluded = (b.log_mass < settings.log_excluded_mass) & has_target
     scale = torch.where(excluded, 0.0, torch.ones_like(ce))  # of the row's KL
@@ -191,7 +232,7 @@ def _rows(
         c_a, c_b = (a.rest, b.rest) if apart else (z_a, z_b)
         norm_a, norm_b = (a.norm, b.norm) if apart else (a.lse, b.lse)
         q_b = (c_b - norm_b).exp()
-        kl = torch.where(q_b > 0, q_b * (c_b - c_a), 0.0).sum(1, keepdim=True) - norm_b + norm_a
+        kl = settings.sum(torch.where(q_b > 0, q_b * (c_b - c_a), 0.0)) - norm_b + norm_a
         mass_a = (a.log_mass.exp() if apart else torch.ones_like(ce)) * ones
         slope = (c_a - norm_a).exp() * (mass_a + weight) - weight * q_b
         slope = torch.where(is_target, -mass_a, slope) if apart else torch.where(is_target, slope - 1, slope)
@@ -199,7 +240,7 @@ def _rows(
             full = torch.where(has_target, _binary_kl(a, b) + b.log_mass.exp() * kl, kl) if apart else kl
     else:
         p_a, p_b = (z_a - a.lse).exp(), (z_b - b.lse).exp()
-        full_kl = torch.where(p_b > 0, p_b * ((z_b - b.lse) - (z_a - a.lse)), 0.0).sum(1, keepdim=True)
+        full_kl = settings.sum(torch.where(p_b > 0, p_b * ((z_b - b.lse) - (z_a - a.lse)), 0.0))
         kl, slope = _divergence(z_a, z_b, is_target, settings)
         # torch.where: a row of no weight may hold NaN (no non-target mass), which 0 would not erase.
         slope = torch.where(weight == 0, 0.0, slope * (weight * settings.temperature))  # T^2 times the 1/T of u = z/T
@@ -216,7 +257,7 @@ def _rows(
     entropy = is_top1 = None
     if settings.token_statistics:
         log_p = (z_a - a.lse).clamp(min=torch.finfo(z_a.dtype).min)
-        entropy = -(log_p.exp() * log_p).sum(1)
+        entropy = -settings.sum(log_p.exp() * log_p).squeeze(1)
         is_top1 = (has_target & (a.z_y >= a.highest)).squeeze(1)
     return (
         loss.squeeze(1),
@@ -250,12 +291,14 @@ class _Split(NamedTuple):
         return torch.where(self.lse_rest == -math.inf, 0.0, self.lse_rest)
 
 
-def _split(z: Tensor, labels: Tensor, is_target: Tensor) -> _Split:
-    z_y = z.gather(1, labels.clamp(min=0)[:, None])
-    z_y = torch.where((labels >= 0)[:, None], z_y, -math.inf)
+def _split(z: Tensor, columns: Tensor, is_target: Tensor, settings: _Settings) -> _Split:
+    last = z.shape[1] - 1
+    z_y = z.gather(1, columns.clamp(0, last)[:, None])
+    z_y = torch.where(((columns >= 0) & (columns <= last))[:, None], z_y, -math.inf)
+    z_y = z_y if settings.shard is None else settings.amax(z_y)
     rest = torch.where(is_target, -math.inf, z)
-    highest = rest.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)  # finite also where all is -inf
-    lse_rest = (rest - highest).exp().sum(1, keepdim=True).log() + highest
+    highest = settings.amax(rest).clamp(min=torch.finfo(z.dtype).min)  # finite also where all is -inf
+    lse_rest = settings.sum((rest - highest).exp()).log() + highest
     lse = torch.logaddexp(lse_rest, z_y)
     return _Split(rest, z_y, highest, lse_rest, lse, lse_rest - lse)
 
@@ -271,20 +314,20 @@ def _divergence(z_a: Tensor, z_b: Tensor, is_target: Tensor, settings: _Settings
     log_p_a, log_p_b = (_log_probs(z, is_target, settings) for z in (z_a, z_b))
     p_a, p_b = log_p_a.exp(), log_p_b.exp()
     if settings.divergence == "forward":
-        value = _product(p_b, log_p_b - log_p_a).sum(1, keepdim=True)
+        value = settings.sum(_product(p_b, log_p_b - log_p_a))
         terms = -p_b
     elif settings.divergence == "reverse":
         ratio = log_p_a - log_p_b
-        value = _product(p_a, ratio).sum(1, keepdim=True)
+        value = settings.sum(_product(p_a, ratio))
         terms = _product(p_a, ratio + 1)
     else:
         log_m = torch.logaddexp(log_p_a, log_p_b) - math.log(2)
         terms = _product(p_a, log_p_a - log_m) / 2
-        value = (_product(p_b, log_p_b - log_m) / 2 + terms).sum(1, keepdim=True)
-    total = terms.sum(1, keepdim=True)
+        value = settings.sum(_product(p_b, log_p_b - log_m) / 2 + terms)
+    total = settings.sum(terms)
     if not settings.renormalize:
         # p_a over the whole vocabulary: the target's logit moves the non-targets' probabilities too.
-        p_a = (z_a / settings.temperature).softmax(1)
+        p_a = settings.log_softmax(z_a / settings.temperature).exp()
     return value * settings.temperature**2, terms - p_a * total
 
 
@@ -292,9 +335,10 @@ def _log_probs(z: Tensor, is_target: Tensor, settings: _Settings) -> Tensor:
     """Log-probabilities of the compared tokens, ``[n, V]``, -inf at the target when it is masked."""
     u = z / settings.temperature
     if not settings.mask_target:
-        return u.log_softmax(1)
-    rest = torch.where(is_target, -math.inf, u)
-    return rest.log_softmax(1) if settings.renormalize else rest - u.logsumexp(1, keepdim=True)
+        return settings.log_softmax(u)
+    if settings.renormalize:
+        return settings.log_softmax(torch.where(is_target, -math.inf, u))
+    return torch.where(is_target, -math.inf, settings.log_softmax(u))
 
 
 def _product(p: Tensor, factor: Tensor) -> Tensor:
