@@ -98,13 +98,15 @@ def test_interval_is_the_exact_bootstrap_of_three() -> None:
     assert interval([math.nan]) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
-def result(method: str, seed: int, *points: tuple[float, float], status: str = "complete") -> dict[str, Any]:
+def result(
+    method: str, seed: int, *points: tuple[float, float], status: str = "complete", setting: int = 0
+) -> dict[str, Any]:
     measured = [{"learned": x, "rise": y, "checkpoint": 1.0, "scale": 1.0} for x, y in points]
     base = {"base": {"target": {"loss": 4.0}}} if points else {}
     return (
         {"recipe": "r", "method": method, "seed": seed, "key": f"{method}{seed}", "status": status}
         | base
-        | {"points": measured}
+        | {"points": measured, "setting": {"weight": setting}}
     )
 
 
@@ -133,6 +135,24 @@ def test_compare_pairs_seeds_and_leaves_out_what_failed() -> None:
     assert [(p.loss, p.rise) for p in methods["tmkl"]["front"]] == [(2.1, 0.0)]
     assert methods["ce"]["against"] == {}
     assert len(points_of(results)) == 6
+
+
+def test_seeds_are_compared_by_the_settings_that_all_have() -> None:
+    """The first seed's second setting, better than all, is left out of the figures and stays in the front."""
+    same = [
+        result("ce", 0, (2.0, 0.4)),
+        result("ce", 1, (2.0, 0.4)),
+        result("tmkl", 0, (3.0, 0.0)),
+        result("tmkl", 1, (2.5, 0.1)),
+    ]
+    more = [*same, result("tmkl", 0, (2.0, 0.0), setting=1), result("ce", 1, (1.0, 0.0), setting=1)]
+    expected, found = compare(same)["r"], compare(more)["r"]
+    assert found["box"] == expected["box"]
+    for name in ("hypervolume", "learned_within", "against"):
+        assert found["methods"]["tmkl"][name] == expected["methods"]["tmkl"][name]
+    assert [(p.loss, p.rise) for p in found["methods"]["tmkl"]["front"]] == [(2.0, 0.0)]
+    apart = [*same[:2], result("tmkl", 0, (3.0, 0.0), setting=1), result("tmkl", 1, (2.5, 0.1), setting=2)]
+    assert compare(apart)["r"]["methods"]["tmkl"]["against"] == expected["methods"]["tmkl"]["against"]
 
 
 def test_compare_says_which_method_is_missing() -> None:

@@ -232,6 +232,28 @@ def test_distance_and_forgetting(whole: tuple[Path, list[dict[str, Any]]], table
         assert row["perplexity there"] == f"{100 * math.expm1(found['box'].worst_rise):+.1f}%"
 
 
+def test_figures_csv_is_compare_by_each_measure(whole: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, results = whole
+    with (folder / "report.figures.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["recipe"], row["kept"], row["method"]): row for row in csv.DictReader(file)}
+    measures = {"text": results, "facts.greedy": by_score(results, "facts", "greedy")}
+    for kept, here in measures.items():
+        for recipe, found in compare(here, against=["ce", "full_kl"]).items():
+            for method, figures in found["methods"].items():
+                row = rows[recipe, kept, method]
+                assert int(row["seeds"]) == figures["hypervolume"]["n"]
+                pairs = {"hypervolume": figures["hypervolume"], "learned losing 5%": figures["learned_within"][0.05]}
+                pairs |= {f"hypervolume less {other}'s": less for other, less in figures["against"].items()}
+                for name, each in pairs.items():
+                    cells = [row[name], row[f"{name}, low"], row[f"{name}, high"]]
+                    assert [float(cell) if cell else None for cell in cells] == [
+                        each["mean"],
+                        each["low"],
+                        each["high"],
+                    ]
+    assert {kept for _, kept, _ in rows} >= set(measures)
+
+
 def test_csv_is_every_point_of_the_files(whole: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, results = whole
     with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
@@ -446,7 +468,7 @@ def test_a_missing_package_is_named(
 def test_output_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = studies.write(tmp_path / "study", studies.study(seeds=(0,)))
     assert main(["report", str(folder), "--output", str(tmp_path / "out" / "page.html")]) == 0
-    names = ["page.html", "page.csv", "page.png"]
+    names = ["page.html", "page.csv", "page.figures.csv", "page.png"]
     assert capsys.readouterr().out == f"Written: {', '.join(str(tmp_path / 'out' / name) for name in names)}.\n"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     assert (tmp_path / "out" / "page.png").read_bytes().startswith(b"\x89PNG")

@@ -49,6 +49,7 @@ def result(
         "method": method,
         "seed": seed,
         "options": options,
+        "setting": {name: value for name, value in options.items() if name != "method"},
         "status": "complete",
         "points": points,
         "base": {"target": {"loss": 5.0}},

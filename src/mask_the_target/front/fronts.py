@@ -11,11 +11,14 @@ Hypervolume: the area that a front dominates, as a share of the box between base
 
 so 0 is the base, or plain CE at its best alone, and 1 is all of CE's learning with nothing lost. A front that learns
 more than CE can be above 1. One that lowers the text loss has lost nothing, and no more than that: on near sets, where
-plain CE loses next to nothing, the rest would be all of the number. CE's best is the mean over seeds.
+plain CE loses next to nothing, the rest would be all of the number. CE's best is the mean over seeds. Seeds are
+compared by the settings that all of a method's seeds have, where there are any, so that a seed for which more settings
+were run has no larger front for that.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,9 +193,14 @@ def _methods(results: Sequence[Mapping[str, Any]], box: Box, against: Sequence[s
 
 
 def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Point]]:
-    found = {}
-    for seed in dict.fromkeys(result["seed"] for result in results):
-        points = points_of(result for result in results if result["seed"] == seed)
-        if points:
-            found[seed] = points
-    return found
+    """The points of each seed that has any, of the settings that all of these seeds have, if there are such."""
+    settings: dict[int, dict[str, list[Point]]] = {}
+    for result in results:
+        if points := points_of([result]):
+            name = json.dumps(result["setting"], sort_keys=True, default=str)
+            settings.setdefault(result["seed"], {}).setdefault(name, []).extend(points)
+    shared = set.intersection(*map(set, settings.values())) if settings else set()
+    return {
+        seed: [point for name, points in own.items() if not shared or name in shared for point in points]
+        for seed, own in settings.items()
+    }

@@ -16,6 +16,8 @@ from mask_the_target.front.fronts import Box, by_score, compare, front, points_o
 
 Result = dict[str, Any]
 PLAIN = "ce"  # the name of the method that the others are compared with
+# Scores whose loss makes a front of its own, and how they are called.
+SCORES = {("facts", "greedy"): "facts", ("facts", "logprob"): "facts, log-prob", ("instructions", "followed"): "instr."}
 NEEDED = ("key", "recipe", "method", "setting", "seed", "model", "options", "probes", "sizes", "status", "points")
 # Of TMKL's options, those that make it full-vocabulary KL: the target stays in, and nothing else is changed or added.
 FULL_KL = {
@@ -252,12 +254,38 @@ def to_csv(recipes: Sequence[Recipe]) -> str:
         for result in recipe.results
         for point in result["points"]
     ]
-    names = list(dict.fromkeys([*FIXED, *(name for row in rows for name in row)]))
+    return _csv(rows, FIXED)
+
+
+def figures_csv(recipes: Sequence[Recipe]) -> str:
+    """`fronts.compare` by each measure of what was kept, one row a method: mean, interval and number of seeds."""
+    rows = []
+    for recipe in recipes:
+        scores = {f"{probe}.{metric}": recipe.by_score(probe, metric) for probe, metric in SCORES}
+        for kept, found in {"text": recipe, **scores}.items():
+            for method, figures in () if found is None or found.box is None else found.figures.items():
+                row = {"recipe": recipe.name, "kept": kept, "method": method, "seeds": figures["hypervolume"]["n"]}
+                intervals = {
+                    "hypervolume": figures["hypervolume"],
+                    **{f"hypervolume less {other}'s": less for other, less in figures["against"].items()},
+                    **{f"learned losing {t:.0%}": share for t, share in figures["learned_within"].items()},
+                }
+                for name, each in intervals.items():
+                    row |= {name: each["mean"], f"{name}, low": each["low"], f"{name}, high": each["high"]}
+                rows.append(row)
+    return _csv(rows, FIGURES)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
+    names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return buffer.getvalue()
+
+
+FIGURES = ("recipe", "kept", "method", "seeds")
 
 
 STATE = ("checkpoint", "step", "scale", "learned", "rise")

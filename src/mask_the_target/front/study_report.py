@@ -24,10 +24,12 @@ from mask_the_target.front.plots import Curve, Dot, Fronts, Style
 from mask_the_target.front.report import TEXTS, Column, render
 from mask_the_target.front.results import (
     PLAIN,
+    SCORES,
     Recipe,
     Result,
     as_text,
     end_of,
+    figures_csv,
     known_setting,
     option,
     read_results,
@@ -100,7 +102,8 @@ def figures_table(recipe: Recipe) -> Table:
                     "hypervolume",
                     "The area above and to the right of a front, as a share of the dotted rectangle between the base "
                     "and plain CE at its best: 0 is the base, 1 is all of plain CE's learning with nothing lost. Each "
-                    "seed has its own front; the mean over seeds, and in brackets its bootstrap 95% interval.",
+                    "seed has its own front, of the settings that all seeds have; the mean over seeds, and in brackets "
+                    "its bootstrap 95% interval.",
                     "higher",
                 ),
                 [_interval(row["hypervolume"]) for row in rows],
@@ -131,9 +134,6 @@ def figures_table(recipe: Recipe) -> Table:
         ),
     ]
     return Table.of(columns)
-
-
-SCORES = {("facts", "greedy"): "facts", ("facts", "logprob"): "facts, log-prob", ("instructions", "followed"): "instr."}
 
 
 def scores_table(recipe: Recipe) -> Table:
@@ -829,7 +829,8 @@ def _count(number: int, word: str) -> str:
 
 
 def write_report(study: Path, page: Path | None = None) -> list[Path]:
-    """Write a study's page, and beside it the picture of the fronts (.png) and every point (.csv); what was written.
+    """Write a study's page, and beside it the picture of the fronts (.png), every point (.csv) and the figures with
+    their intervals (.figures.csv); what was written.
 
     `study` is the folder of a study; `page` is the page's place, default report.html in that folder. There is no
     picture where no trial has a point. Raises FileNotFoundError or ValueError with a sentence, before anything is
@@ -851,6 +852,7 @@ def write_report(study: Path, page: Path | None = None) -> list[Path]:
     title = f"{study.resolve().name}: what was learned, what was kept"
     contents = {page: to_html(title, recipes, styles, picture.name if pictures else "").encode()}
     contents[table] = to_csv(recipes).encode()
+    contents[page.with_suffix(".figures.csv")] = figures_csv(recipes).encode()
     if pictures:
         contents[picture] = plots.png_of_fronts(pictures)
     else:
@@ -865,7 +867,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mtt report",
         description="Write a study's page: its fronts, figures with intervals, learning curves and sample answers in "
-        "one HTML file that opens offline, with the fronts as PNG and every point as CSV beside it.",
+        "one HTML file that opens offline, with the fronts as PNG, every point and the figures as CSV beside it.",
         allow_abbrev=False,
     )
     parser.add_argument("study", type=Path, help="the study's folder, where mtt sweep wrote: runs/NAME")
