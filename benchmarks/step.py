@@ -2,11 +2,12 @@
 
     python -m benchmarks.step                           # SmolLM2-135M, 4 x 256 tokens: minutes on two cores
     python -m benchmarks.step --length 256 1024 --checkpointing
+    python -m benchmarks.step --prompt 128 --arms ce tmkl context anchors
     python -m benchmarks.step --device cuda --model HuggingFaceTB/SmolLM2-1.7B --length 1024 4096
 
 Each arm is a short run in a process of its own, so that its peak memory is its own; the arms take turns, several
 rounds, and the time is the median over all rounds of the steps from the third on. Documents are random tokens, all of
-them supervised, and the same for every arm.
+them supervised but for the first --prompt of each, and the same for every arm.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from benchmarks.measure import PeakMemory, append_rows, context, reason_of, run_
 # tmkl_cached reads the base's hidden states from a cache that holds all of them. naive runs both models through PEFT's
 # own switch and takes the definition on full logits.
 ARMS = ("ce", "tmkl", "tmkl_cached", "naive")
+# TMKL with the full KL at the prompt's positions too, and with a quarter of all tokens anchors besides.
+CONTEXT_ARMS = ("context", "anchors")
 SKIPPED_STEPS = 2
 
 
@@ -40,7 +43,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         path = resolve_model(args.model)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype))
         return model, AutoTokenizer.from_pretrained(path)
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     config = LlamaConfig(
@@ -55,6 +58,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         eos_token_id=2,
     )
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     return LlamaForCausalLM(config).to(getattr(torch, args.dtype)), tokenizer
 
@@ -65,7 +69,8 @@ def make_trainer(args: argparse.Namespace, output_dir: str, callbacks: list[Any]
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from mask_the_target import TMKLCallback, target_masked_kl
+    from mask_the_target import TMKL, TMKLCallback, target_masked_kl
+    from mask_the_target.anchors import Anchors
 
     class Naive(SFTTrainer):
         """The base by PEFT's ``disable_adapter``, and full logits of both models."""
@@ -84,11 +89,15 @@ def make_trainer(args: argparse.Namespace, output_dir: str, callbacks: list[Any]
     length = args.length[0]
     # A document beside the special tokens, which a collator or a trainer may treat in its own way.
     documents = torch.randint(16, model.config.vocab_size, (2 * args.batch, length)).tolist()
+    rows = {"input_ids": documents}
+    if args.prompt:
+        rows["completion_mask"] = [[0] * args.prompt + [1] * (length - args.prompt)] * len(documents)
     config = SFTConfig(
         output_dir=output_dir,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
         max_length=length,
+        completion_only_loss=True if args.prompt else None,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         gradient_checkpointing=args.checkpointing,
@@ -103,11 +112,19 @@ def make_trainer(args: argparse.Namespace, output_dir: str, callbacks: list[Any]
         callbacks = [TMKLCallback(), *callbacks]
     elif args.alone == "tmkl_cached":
         callbacks = [TMKLCallback(base="cached"), *callbacks]
+    elif args.alone in CONTEXT_ARMS:
+        anchors = None
+        if args.alone == "anchors":
+            file = Path(output_dir, "anchors.jsonl")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"text": " ".join(["word"] * (length // 4))}) + "\n")
+            anchors = Anchors(file)
+        callbacks = [TMKLCallback(TMKL(context_weight=1.0), anchors=anchors), *callbacks]
     trainer: type[SFTTrainer] = Naive if args.alone == "naive" else SFTTrainer
     return trainer(
         model,
         config,
-        train_dataset=Dataset.from_dict({"input_ids": documents}),
+        train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=callbacks,
@@ -172,12 +189,14 @@ def run(args: argparse.Namespace, length: int, argv: list[str]) -> list[dict[str
 
     common = context(args.device) | {"device": args.device, "dtype": args.dtype}
     common |= {"model": f"toy, {args.layers} layers" if args.layers else args.model, "batch": args.batch}
-    common |= {"length": length, "checkpointing": args.checkpointing, "rounds": args.rounds}
+    common |= {"length": length, "prompt": args.prompt, "checkpointing": args.checkpointing, "rounds": args.rounds}
     print(f"\n{common['machine']}, torch {common['torch']}, TRL {common['trl']}, commit {common['commit'] or '-'}")
     print(
         f"{common['model']}: {args.batch} x {length} tokens a step, {args.dtype}, LoRA r 16 on all linear layers",
         end="",
     )
+    if args.prompt:
+        print(f", {args.prompt} of each without a target", end="")
     print(", gradient checkpointing" if args.checkpointing else "")
     print(f"{'arm':<14}{'ms a step':>11}{'/ ce':>8}{'tokens/s':>11}{'peak MiB':>11}{'/ ce':>8}", end="")
     print(f"{'above model':>13}{'/ ce':>8}")
@@ -215,12 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a run, 3 at least; default %(default)s")
     parser.add_argument("--rounds", type=int, default=2, help="each arm's turns; default %(default)s")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of each without a target; default %(default)s")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + CONTEXT_ARMS)
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a run may take; default %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("step.csv"))
-    parser.add_argument("--alone", choices=ARMS, help=argparse.SUPPRESS)  # one arm, in this process
+    parser.add_argument("--alone", choices=ARMS + CONTEXT_ARMS, help=argparse.SUPPRESS)  # one arm, in this process
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.prompt and not args.prompt < min(args.length) - 1:
+        parser.error(f"--prompt {args.prompt} leaves no target in a document of --length {min(args.length)}")
     if args.steps <= SKIPPED_STEPS:
         parser.error(f"--steps {args.steps}: the first {SKIPPED_STEPS} steps are not counted, so 3 at least")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

@@ -161,7 +161,7 @@ def test_rows_are_appended_also_when_columns_are_new(tmp_path: Path) -> None:
 
 def step_arguments(arm: str) -> Any:
     return SimpleNamespace(
-        alone=arm, layers=2, dtype="float32", device="cpu", length=[12], batch=2, steps=4, checkpointing=False
+        alone=arm, layers=2, dtype="float32", device="cpu", length=[12], prompt=4, batch=2, steps=4, checkpointing=False
     )
 
 
@@ -169,14 +169,16 @@ def test_naive_and_ours_train_on_the_same_loss(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("trl")
     monkeypatch.setenv("MTT_CACHE", str(tmp_path / "cache"))
     losses = {}
-    for arm in step.ARMS:
+    for arm in step.ARMS + step.CONTEXT_ARMS:
         torch.manual_seed(0)
         trainer = step.make_trainer(step_arguments(arm), str(tmp_path / arm), [])
         trainer.args.learning_rate = 0.1  # far enough from the base that the KL is seen
         losses[arm] = trainer.train().training_loss
     assert losses["naive"] == pytest.approx(losses["tmkl"], rel=1e-5)
     assert losses["tmkl_cached"] == pytest.approx(losses["tmkl"], rel=1e-5)
-    assert abs(losses["ce"] - losses["tmkl"]) > 1e-3 * losses["ce"]
+    distances = [losses["context"] - losses["tmkl"], losses["anchors"] - losses["context"]]
+    for distance in [losses["tmkl"] - losses["ce"], *distances]:
+        assert abs(distance) > 1e-4 * losses["ce"]
 
 
 def test_step_appends_whole_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +201,9 @@ def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.main(["--steps", "2"])
     assert "the first 2 steps are not counted" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        step.main(["--prompt", "255"])
+    assert "--prompt 255 leaves no target in a document of --length 256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
