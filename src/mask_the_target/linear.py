@@ -85,9 +85,9 @@ def linear_target_masked_kl(
         float64); bfloat16 and float16 products are accumulated into float32 logits.
 
     Raises:
-        ValueError: if shapes don't match, a head is a DTensor in another layout, or one head is and the other is not, a
-            label lies outside the vocabulary (checked where that needs no device
-            sync: on the CPU), ``chunk_tokens < 1``, or ``logits_dtype`` is not the inputs'.
+        ValueError: if shapes don't match, a label lies outside the vocabulary (checked where that needs no device
+            sync: on the CPU), ``chunk_tokens < 1``, ``logits_dtype`` is not the inputs', or a head is a DTensor in
+            another layout than the other head's.
     """
     check_rows("hidden", hidden, "base_hidden", base_hidden, labels)
     head = Head(head_weight, head_bias, logit_transform or LogitTransform())

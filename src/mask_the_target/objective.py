@@ -103,6 +103,13 @@ class TMKL:
                     f"TMKL: context_tokens={self.context_tokens} without a context_weight has no effect; set both."
                 )
 
+    @classmethod
+    def recommended(cls) -> TMKL:
+        """Where to begin, by our evidence (docs/evidence.md), and what `mtt train` takes if it is told no ``tmkl_*``:
+        the prompt's positions held by the full KL, and a part of the paper's weight at the targets'. The paper's own
+        setting is ``TMKL()``."""
+        return cls(weight=0.3, context_weight=1.0)
+
     @property
     def log_excluded_mass(self) -> float:
         """Nats: a position is excluded when its base log non-target mass ``log(1 - p_b(y))`` is below this."""

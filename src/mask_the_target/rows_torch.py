@@ -52,7 +52,7 @@ class VocabularyShard(NamedTuple):
         from torch.distributed import _functional_collectives as collectives
 
         group: Any = self.group
-        return collectives.all_reduce(x, operation, group)
+        return collectives.wait_tensor(collectives.all_reduce(x, operation, group))
 
 
 @dataclass(frozen=True)

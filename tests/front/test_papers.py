@@ -180,7 +180,8 @@ def test_the_half_billions_ablations_and_sweeps_are_the_papers() -> None:
         "rates-tmkl": ("learning_rate", {1e-4: (-0.29, 0.20), 1e-3: (-0.34, 1.59)}),
     }
     for name, (option, values) in sweeps.items():
-        assert methods[name] == {"method": name.split("-")[1], "grid": {option: list(values)}}
+        weight = {"tmkl_weight": 1.0} if name.endswith("tmkl") else {}
+        assert methods[name] == {"method": name.split("-")[1], **weight, "grid": {option: list(values)}}
         for value, (change, rise) in values.items():
             row = row_of(content, name, {option: value})
             assert row["target"] == pytest.approx(3.21 + change)
@@ -448,7 +449,7 @@ def test_the_table_is_what_one_computes_by_hand(tmp_path: Path) -> None:
     assert rows["dora-tmkl"]["seeds"] == 1
 
     file = tmp_path / "study.yaml"
-    content = read(HALF) | {"methods": {"ce": {"method": "ce"}, "tmkl": {"method": "tmkl"}}}
+    content = read(HALF) | {"methods": {"ce": {"method": "ce"}, "tmkl": {"method": "tmkl", "tmkl_weight": 1.0}}}
     content["paper"]["rows"] = [
         {"method": "ce", "target": 3.05, "drift": {"wikitext": 37}},
         {"method": "tmkl", "setting": {"tmkl_weight": 1}, "target": 2.87, "prevented": {"wikitext": [80, 90]}},

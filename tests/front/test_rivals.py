@@ -568,7 +568,7 @@ def test_impossible_combinations(config: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_plain_methods_record_what_they_did(config: Path, tmp_path: Path) -> None:
-    record, _ = trained(config, tmp_path / "tmkl", "--max_steps", "1")
+    record, _ = trained(config, tmp_path / "tmkl", "--max_steps", "1", "--tmkl_weight", "1")
     assert "rival_weight" not in record["method"]
     assert record["method"]["tmkl_weight"] == 1.0
     record, _ = trained(config, tmp_path / "ce", "--max_steps", "1", "--method", "ce")

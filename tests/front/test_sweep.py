@@ -274,7 +274,7 @@ def test_a_nan_is_a_failed_trial_and_the_study_goes_on(model: Path, tmp_path: Pa
             if "tmkl" in args.output_dir and state.global_step == 1:
                 kwargs["model"].get_output_embeddings().weight.data.fill_(math.nan)
 
-    values = content(model, methods={"tmkl": {"method": "tmkl"}, "ce": {"method": "ce"}})
+    values = content(model, methods={"tmkl": {"method": "tmkl", "tmkl_weight": 1.0}, "ce": {"method": "ce"}})
     for _ in range(2):  # and is not tried again
         results = sweep.run(read(tmp_path, values), tmp_path / "out", None, [Poison()])
         assert [result["status"] for result in results] == ["failed", "complete"]
@@ -467,6 +467,7 @@ BAD = [
         {"methods": {"ce": {"lerning_rate": 1}}},
         "methods.ce: unknown option 'lerning_rate'. Did you mean 'learning_rate'?",
     ),
+    ({"methods": {"t": {"method": "tmkl"}}}, "methods.t is tmkl without any tmkl_* option"),
     ({"methods": {"ce": {"learning_rate": "fast"}}}, "methods.ce: learning_rate: 'fast' is not a valid float"),
     ({"methods": {"ce": {"grid": {}}}}, "methods.ce.grid must hold 'option: [values]', but is {}"),
     ({"methods": {"ce": {"grid": {"lora_r": []}}}}, "methods.ce.grid.lora_r must be a list of at least one value"),

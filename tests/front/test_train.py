@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from mask_the_target import TMKL
 from mask_the_target.cli import main
 from mask_the_target.front import train
 from mask_the_target.front.options import parse
@@ -154,7 +155,7 @@ def test_without_our_keys_a_trl_config_trains_with_tmkl(config: Path, tmp_path: 
     assert abs(steps[0]["kl"]) < 1e-6  # LoRA starts as the base
     assert steps[-1]["kl"] > 0
     for entry in steps:
-        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], abs=2e-4)  # weight 1
+        assert entry["loss"] == pytest.approx(entry["ce"] + 0.3 * entry["kl"] + entry["context_kl"], abs=2e-4)
 
 
 def test_example_config() -> None:
@@ -214,7 +215,7 @@ def test_resume_refuses_other_settings_and_a_second_run_in_one_folder(
     assert main(["train", str(config)]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", str(config), "--resume_from_checkpoint", "last", "--tmkl_weight", "2"]) == 2
-    assert "tmkl_weight was 1.0 and is now 2.0" in capsys.readouterr().err
+    assert "tmkl_weight was 0.3 and is now 2.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["ce", "tmkl"])
@@ -313,6 +314,15 @@ def test_impossible_combinations(config: Path, capsys: pytest.CaptureFixture[str
     assert "label_smoothing_factor is 0.1" in refused([str(config), "--label_smoothing_factor", "0.1"], capsys)
     assert "'dft'" in refused([str(config), "--loss_type", "dft"], capsys)
     parse([str(config), "--loss_type", "dft", "--method", "ce"])  # plain CE may
+
+
+def test_without_a_choice_the_recommended_weights_are_taken(config: Path) -> None:
+    def options(*argv: str) -> TMKL:
+        return parse([str(config), *argv]).tmkl.options()
+
+    assert options() == options("--max_drift", "0.1") == TMKL.recommended() != TMKL()
+    assert options("--tmkl_weight", "1") == options("--method", "ce") == TMKL()
+    assert options("--tmkl_divergence", "jsd") == TMKL(divergence="jsd")
 
 
 def test_data_that_cannot_work(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,7 +444,7 @@ def test_anchors_of_a_file_are_replay_unless_a_model_wrote_them_and_the_card_say
     assert main(asked) == 2
     assert "exists already" in capsys.readouterr().err
     given = [str(config), "--anchors", str(file)]
-    assert "without a context_weight has no effect" in refused(given, capsys)
+    assert "without a context_weight has no effect" in refused([*given, "--tmkl_weight", "1"], capsys)
     given += ["--tmkl_context_weight", "0.5"]
     assert "anchors and max_drift are parts of TMKL" in refused([*given, "--method", "ce"], capsys)
     assert "share=2.0 must lie between" in refused([*given, "--anchor_share", "2"], capsys)

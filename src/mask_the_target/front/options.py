@@ -21,11 +21,15 @@ from mask_the_target.front.rivals import METHOD_HELP, METHODS, STRENGTH_HELP, ch
 
 @dataclass
 class TMKLArguments:
-    """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`."""
+    """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`; where none of them is given, the
+    weights are those of `TMKL.recommended()`."""
 
     method: str = field(default="tmkl", metadata={"help": METHOD_HELP})
     rival_weight: float | None = field(default=None, metadata={"help": STRENGTH_HELP})
-    tmkl_weight: float = field(default=1.0, metadata={"help": "Factor of the KL."})
+    tmkl_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the KL. Without any tmkl_* option, both weights are TMKL.recommended()'s."},
+    )
     tmkl_divergence: Literal["forward", "reverse", "jsd"] = field(
         default="forward", metadata={"help": "forward is KL(base || adapted)."}
     )
@@ -164,6 +168,9 @@ def parse(argv: Sequence[str]) -> Settings:
         given |= _check_config(parser, config)
     script, training, model, mixture, tmkl = parser.parse_args_and_config(args)
     settings = Settings(script, training, model, mixture, tmkl, config)
+    if tmkl.method == "tmkl" and not any(name.startswith("tmkl_") for name in given):
+        recommended = TMKL.recommended()
+        tmkl.tmkl_weight, tmkl.tmkl_context_weight = recommended.weight, recommended.context_weight
     _check_settings(settings)
     if tmkl.adapter is not None:
         _settle_adapter(settings, tmkl.adapter, given)

@@ -387,6 +387,11 @@ def _check_options(path: Path, study: Study) -> None:
                 except ValueError as error:
                     where, message = f"{path}: methods.{name}", str(error).replace(f"{config}: ", "")
                     raise ValueError(f"{where}: {message}") from error
+                if settings.tmkl.method == "tmkl" and not any(key.startswith("tmkl_") for key in options):
+                    raise ValueError(
+                        f"{path}: methods.{name} is tmkl without any tmkl_* option, which mtt train gives its "
+                        "recommended weights, and a study must say which. The paper's is tmkl_weight: 1.0."
+                    )
                 notes = measured_at(settings.tmkl.adapter, study.checkpoints, study.scales)[2]
                 if study.search and "adapter" in grid and notes:
                     raise ValueError(

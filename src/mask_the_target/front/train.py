@@ -292,10 +292,11 @@ def fill_cache(settings: Settings) -> str:
     data, path = _find_data_and_model(settings)
     trainer = _build_trainer(settings, data, path, [])
     loader = trainer.get_train_dataloader()
-    with attach(trainer.model, settings.tmkl.options(), base=settings.tmkl.base_choice()) as attachment:
+    options = settings.tmkl.options()
+    with attach(trainer.model, options, base=settings.tmkl.base_choice()) as attachment:
         cache = attachment.cache
         assert cache is not None
-        cache.expected = supervised_tokens(loader, settings.training)
+        cache.expected = supervised_tokens(loader, settings.training, context=options.context_weight > 0)
         for batch in tqdm(loader, desc="base pass", unit="batch"):
             with trainer.accelerator.autocast():
                 attachment.fill_cache(trainer._prepare_inputs(batch))
