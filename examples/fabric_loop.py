@@ -8,24 +8,22 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from mask_the_target import TMKL, attach
-from mask_the_target.front.backbones import resolve_model
-from mask_the_target.front.probes import encode_row
-from mask_the_target.front.recipes import recipe_rows
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="package:smollm2")
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or folder")
 parser.add_argument("--steps", type=int, default=20)
 options = parser.parse_args()
 
 fabric = lightning.Fabric()
 fabric.launch()
-path = resolve_model(options.model)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(options.model)
 lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora).train()
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), lora).train()
 rows = []
-for row in recipe_rows("arpabet")["train"][: 8 * options.steps]:
-    prompt, answer = encode_row(tokenizer, row)
+for number in range(100, 100 + 8 * options.steps):  # your data: only what has a label is learned
+    chat = [{"role": "user", "content": f"Write {number} backwards."}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    answer = tokenizer(f"{number}"[::-1] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
 loader = torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 

@@ -8,18 +8,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from mask_the_target import TMKL
-from mask_the_target.front.backbones import resolve_model
-from mask_the_target.front.probes import encode_row
-from mask_the_target.front.recipes import recipe_rows
 from mask_the_target.integrations.lightning import TMKLCallback
 
 
-class Speller(lightning.LightningModule):
-    def __init__(self, path: str) -> None:
+class Reverser(lightning.LightningModule):
+    def __init__(self, name: str) -> None:
         super().__init__()
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(path), lora
+            AutoModelForCausalLM.from_pretrained(name), lora
         ).train()  # Lightning keeps the mode
 
     def training_step(self, batch, index):
@@ -32,19 +29,20 @@ class Speller(lightning.LightningModule):
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="package:smollm2")
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or folder")
 parser.add_argument("--steps", type=int, default=20)
 options = parser.parse_args()
 
-path = resolve_model(options.model)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(options.model)
 rows = []
-for row in recipe_rows("arpabet")["train"][: 8 * options.steps]:
-    prompt, answer = encode_row(tokenizer, row)
+for number in range(100, 100 + 8 * options.steps):  # your data: only what has a label is learned
+    chat = [{"role": "user", "content": f"Write {number} backwards."}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    answer = tokenizer(f"{number}"[::-1] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
 loader = torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
-module = Speller(path)
+module = Reverser(options.model)
 tmkl = TMKLCallback(TMKL(weight=1.0))
 trainer = lightning.Trainer(max_epochs=1, log_every_n_steps=1, enable_checkpointing=False, callbacks=[tmkl])
 trainer.fit(module, loader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_exit_codes() -> None:
     missing = mtt("train", "nothing.yaml")
     assert missing.returncode == 2
     assert missing.stderr == "mtt train: There is no config file 'nothing.yaml'.\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [("trl", "sweep STUDY --dry-run"), ("datasets", "suggest --data DATA"), ("trl", "train CONFIG")],
+)
+def test_a_missing_package_is_named_with_its_extra(package: str, command: str) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    files = {"STUDY": "study.yaml", "DATA": "data/opposites.jsonl", "CONFIG": "sft.yaml"}
+    words = [str(examples / files[word]) if word in files else word for word in command.split()]
+    code = f"import sys; sys.modules[{package!r}] = None; from mask_the_target.cli import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    extra = "train" if words[0] == "train" else "front"
+    assert re.fullmatch(rf"mtt {words[0]}: .*{package}.*pip install 'mask-the-target\[{extra}\]'", last)
 
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:

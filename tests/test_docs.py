@@ -26,6 +26,7 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
             lines = [line.removeprefix(found[1]) for line in found[2].splitlines()]
             text = "\n".join(lines)
             included = re.sub(r'^--8<-- "(.*)"$', lambda name: (ROOT / name[1]).read_text(), text, flags=re.M)
+            assert "8<" not in included.replace(" ", ""), f"{page.name} includes no file: {text}"
             yield page.name, included
 
 

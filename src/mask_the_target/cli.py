@@ -309,7 +309,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = type(error).__name__ == "BadLossError"
         if os.environ.get("MTT_TRACEBACK") or (isinstance(error, RuntimeError) and not stopped):
             traceback.print_exc()
-        print(f"mtt {args[0]}: {error}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:  # ours, which say what to do, have none
+            reason = f"it needs {error.name}. Install it with: pip install 'mask-the-target[front]'"
+        print(f"mtt {args[0]}: {reason}", file=sys.stderr)
         return 3 if stopped else 2
 
 

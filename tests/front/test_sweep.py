@@ -519,6 +519,12 @@ def test_a_storage_that_cannot_be_reached(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_storage_whose_driver_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ModuleNotFoundError, match=r"psycopg: pip install 'mask-the-target\[postgresql\]'"):
+        queue.Queue("postgresql://someone:secret@127.0.0.1:1/none", {})
+
+
 def test_a_file_that_is_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.db").write_text("these are not tables " * 100)
     file = write(tmp_path, content(tmp_path / "no model here"))

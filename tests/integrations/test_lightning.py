@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,11 @@ def test_fabric_is_the_raw_loop() -> None:
             kls.append(float(attachment.last.kl))
     assert kls == [kl for _, kl, _ in raw_loop(expected)]
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(expected), strict=True))
+
+
+def test_without_lightning_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['lightning'] = None; import mask_the_target.integrations.lightning"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: Lightning's callback needs Lightning (")
+    assert "pip install 'mask-the-target[lightning]'" in last

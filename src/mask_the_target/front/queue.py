@@ -254,7 +254,7 @@ def _reach(url: str) -> Any:
             )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"--storage {shown} needs the package {error.name}: pip install 'psycopg[binary]'"
+            f"--storage {shown} needs the package {error.name}: pip install 'mask-the-target[postgresql]'"
         ) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]

@@ -14,7 +14,13 @@ from torch import nn
 if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:  # a callback must be of the trainer's package
     from pytorch_lightning import Callback
 else:
-    from lightning.pytorch import Callback  # type: ignore[assignment]
+    try:
+        from lightning.pytorch import Callback  # type: ignore[assignment]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Lightning's callback needs Lightning ({error}). Install it with: pip install "
+            "'mask-the-target[lightning]'. Where the package is pytorch_lightning, import that one first."
+        ) from error
 
 from mask_the_target.attach import Attachment, attach, cache_of, unwrap
 from mask_the_target.base import Base, BaseChoice, adapter_layers, resolve_base
