@@ -106,9 +106,9 @@ class TMKL:
     @classmethod
     def recommended(cls) -> TMKL:
         """Where to begin, by our evidence (docs/evidence.md), and what `mtt train` takes if it is told no ``tmkl_*``:
-        the prompt's positions held by the full KL, and a part of the paper's weight at the targets'. The paper's own
+        the prompt's positions held by the full KL, and a tenth of the paper's weight at the targets'. The paper's own
         setting is ``TMKL()``."""
-        return cls(weight=0.3, context_weight=1.0)
+        return cls(weight=0.1, context_weight=3.0)
 
     @property
     def log_excluded_mass(self) -> float:
