@@ -1,7 +1,7 @@
 """The tables of docs/evidence.md and the README, from the figures that `mtt report` wrote beside a study's page.
 
-    python -m benchmarks.evidence                       # of results/smollm2
-    python -m benchmarks.evidence results/smollm2-documents
+python -m benchmarks.evidence                       # of results/smollm2
+python -m benchmarks.evidence results/smollm2-documents
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT
 
+# Method, and what its setting begins with where only one of several is meant: how it is called.
 METHODS = {
-    "ce": "plain CE, with early stop and scaling",
-    "full_kl": "full KL, weight 1",
-    "tmkl": "TMKL, weight 1",
-    "context": "prompt's KL, weight 1",
-    "anchors": "the base's own sequences, weights 1 and 3",
-    "both": "TMKL 0.3 and prompt's KL 1",
+    ("ce", ""): "plain CE, with early stop and scaling",
+    ("full_kl", ""): "full KL, weight 1",
+    ("tmkl", "tmkl_weight 1,"): "TMKL, weight 1",
+    ("context", "tmkl_context_weight 1,"): "prompt's KL, weight 1",
+    ("both", "tmkl_weight 0.3, tmkl_context_weight 1,"): "TMKL 0.3, prompt's KL 1",
+    ("both", "tmkl_weight 0.1, tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3: `TMKL.recommended()`",
 }
 MEASURES = {"text": "English text", "facts.greedy": "facts asked in chat", "instructions.followed": "instructions"}
+NOTHING = "–"
 Row = dict[str, str]
 
 
@@ -37,9 +39,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(row: Row | None, name: str, form: str) -> str:
-    """Mean and interval; the mean alone of one seed."""
+    """Mean and interval; the mean alone of one seed, which has none."""
     if row is None or not row.get(name):
-        return "–"
+        return NOTHING
     if not row[f"{name}, low"]:
         return form.format(float(row[name]))
     mean, low, high = (form.format(float(row[key])) for key in (name, f"{name}, low", f"{name}, high"))
@@ -49,62 +51,58 @@ def cell(row: Row | None, name: str, form: str) -> str:
 def tables(study: Path) -> dict[str, str]:
     """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, and the
     runs at their end."""
-    figures, points = read(study / "report.figures.csv"), read(study / "report.csv")
-    found = {(row["recipe"], row["kept"], row["method"]): row for row in figures}
-    sets = list(dict.fromkeys(row["recipe"] for row in figures))
-    methods = [name for name in METHODS if any((one, "text", name) in found for one in sets)]
-    seeds = {one: found[one, "text", "ce"]["seeds"] for one in sets}
-    header = ["", *(f"{one}, {n} seed{'' if n == '1' else 's'}" for one, n in seeds.items())]
+    points = read(study / "report.csv")
+    figures = {
+        (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
+    }
+    sets = list(dict.fromkeys(recipe for recipe, *_ in figures))
+
+    def find(recipe: str, kept: str, method: str, begins: str) -> Row | None:
+        own = {row["setting"] for row in points if (row["recipe"], row["method"]) == (recipe, method)}
+        if not begins or len(own) == 1:  # the method as a whole, or its only setting
+            return figures.get((recipe, kept, method, "")) if any(name.startswith(begins) for name in own) else None
+        return next((figures[recipe, kept, method, name] for name in own if name.startswith(begins)), None)
+
+    def rows(name: str, form: str, kept: str, words: str, leave_out: str = "") -> list[list[str]]:
+        found = {
+            called: [cell(find(one, kept, *method), name, form) for one in sets]
+            for method, called in METHODS.items()
+            if method[0] != leave_out
+        }
+        return [[words.format(called), *cells] for called, cells in found.items() if set(cells) != {NOTHING}]
 
     def by_measure(name: str, form: str, leave_out: str = "") -> str:
-        return table(
-            header,
-            [
-                [f"{words}: {METHODS[method]}", *(cell(found.get((one, kept, method)), name, form) for one in sets)]
-                for kept, words in MEASURES.items()
-                for method in methods
-                if method != leave_out
-            ],
-        )
+        each = [rows(name, form, kept, f"{words}: {{}}", leave_out) for kept, words in MEASURES.items()]
+        return table(["", *sets], [row for part in each for row in part])
 
     within = [
-        [
-            f"{METHODS[method]}, {tolerance}",
-            *(cell(found.get((one, "text", method)), f"learned losing {tolerance}", "{:.0%}") for one in sets),
-        ]
+        row
         for tolerance in ("1%", "5%")
-        for method in methods
+        for row in rows(f"learned losing {tolerance}", "{:.0%}", "text", f"{{}}, {tolerance}")
     ]
     return {
         "hypervolume": by_measure("hypervolume", "{:.3f}"),
         "less plain CE's": by_measure("hypervolume less ce's", "{:+.3f}", "ce"),
         "less full KL's": by_measure("hypervolume less full_kl's", "{:+.3f}", "full_kl"),
-        "learned within": table(header, within),
-        "ends": table(header, ends(points, methods, sets)),
+        "learned within": table(["", *sets], within),
+        "ends": table(["", *sets], ends(points, sets)),
     }
 
 
-def ends(points: list[Row], methods: list[str], sets: list[str]) -> list[list[str]]:
-    """Target loss, rise of the text loss, facts answered and instructions followed, means over seeds, of each setting
-    that all seeds of its method have."""
+def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
+    """Target loss, rise of the text loss, facts answered and instructions followed, means over the seeds (in brackets
+    how many) of each setting."""
+    own = [row for row in points if (row["checkpoint"], row["scale"]) == ("1.0", "1.0")]
     rows = []
-    for method in methods:
-        own = [row for row in points if row["method"] == method and (row["checkpoint"], row["scale"]) == ("1.0", "1.0")]
-        for setting in dict.fromkeys(row["setting"] for row in own):
-            cells = []
-            for one in sets:
-                here = [row for row in own if row["recipe"] == one]
-                chosen = [row for row in here if row["setting"] == setting]
-                if len(chosen) < len({row["seed"] for row in here}) or not chosen:
-                    cells.append("")
-                    continue
-                loss, rise, facts, followed = (
-                    statistics.fmean(float(row[name]) for row in chosen)
-                    for name in ("learned", "rise", "facts.greedy", "instructions.followed")
-                )
-                cells.append(f"{loss:.3f}, {rise:+.3f}, {facts:.0%}, {followed:.0%}")
-            if any(cells):
-                rows.append([f"{method}: {setting}", *cells])
+    for method, setting in sorted({(row["method"], row["setting"]) for row in own}):
+        cells = []
+        for one in sets:
+            here = [r for r in own if (r["recipe"], r["method"], r["setting"]) == (one, method, setting)]
+            names = ("learned", "rise", "facts.greedy", "instructions.followed")
+            means = [statistics.fmean(float(row[name]) for row in here) for name in names] if here else []
+            form = "{:.3f}, {:+.3f}, {:.0%}, {:.0%}"
+            cells.append(f"{form.format(*means)} ({len(here)})" if here else NOTHING)
+        rows.append([f"{method}: {setting}", *cells])
     return rows
 
 

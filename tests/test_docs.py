@@ -74,3 +74,19 @@ def test_files_that_are_linked_exist(page: Path) -> None:
     """The site's own links are checked when it is built; these are read in the repository as well."""
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_evidence_is_what_the_results_say() -> None:
+    """Each table of results/smollm2 stands in the evidence; each of the README's lines about them is one of its own."""
+    from benchmarks import evidence
+
+    tables = evidence.tables(ROOT / "results" / "smollm2")
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for name, table in tables.items():
+        assert table in page, name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("**Fronts") : readme.index("## Install")]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    known = {line for table in tables.values() for line in table.splitlines()}
+    assert len(lines) > 4
+    assert [line for line in lines if line.replace("**", "") not in known] == []

@@ -235,7 +235,8 @@ def test_distance_and_forgetting(whole: tuple[Path, list[dict[str, Any]]], table
 def test_figures_csv_is_compare_by_each_measure(whole: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, results = whole
     with (folder / "report.figures.csv").open(encoding="utf-8", newline="") as file:
-        rows = {(row["recipe"], row["kept"], row["method"]): row for row in csv.DictReader(file)}
+        every = list(csv.DictReader(file))
+    rows = {(row["recipe"], row["kept"], row["method"]): row for row in every if not row["setting"]}
     measures = {"text": results, "facts.greedy": by_score(results, "facts", "greedy")}
     for kept, here in measures.items():
         for recipe, found in compare(here, against=["ce", "full_kl"]).items():
@@ -252,6 +253,15 @@ def test_figures_csv_is_compare_by_each_measure(whole: tuple[Path, list[dict[str
                         each["high"],
                     ]
     assert {kept for _, kept, _ in rows} >= set(measures)
+    settings = {row["setting"]: row for row in every if (row["recipe"], row["kept"]) == ("arpabet", "text")}
+    assert {"", "learning_rate 0.0005, tmkl_weight 3", "learning_rate 0.001, tmkl_weight 0.3"} < set(settings)
+    here = [result for result in results if result["recipe"] == "arpabet"]
+    for name, row in settings.items():
+        own = [r for r in here if ", ".join(f"{key} {value:g}" for key, value in r["setting"].items()) == name]
+        if own:
+            alone = [r for r in own if r["method"] == "tmkl"] + [r for r in here if r["method"] == "ce"]
+            mean = compare(alone)["arpabet"]["methods"]["tmkl"]["hypervolume"]["mean"]
+            assert (float(row["hypervolume"]) if row["hypervolume"] else None) == mean, name
 
 
 def test_csv_is_every_point_of_the_files(whole: tuple[Path, list[dict[str, Any]]]) -> None:

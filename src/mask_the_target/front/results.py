@@ -186,6 +186,18 @@ class Recipe:
         """Each method's figures; without a box only trials, failed and front."""
         return self._compared["methods"]
 
+    @property
+    def figures_by_setting(self) -> dict[tuple[str, str], Any]:
+        """{(method, setting): figures} of the methods with several, but plain CE's and full KL's: the yardsticks."""
+        whole = [PLAIN] + ([self.full_kl] if self.full_kl is not None else [])
+        groups = {group: own for group, own in self.groups().items() if group[0] not in whole}
+        several = {method for method, _ in groups if sum(other == method for other, _ in groups) > 1}
+        names = {json.dumps(group): group for group in groups if group[0] in several}
+        apart = [{**result, "method": name} for name, group in names.items() for result in groups[group]]
+        measured = [result for method in whole for result in self.of(method)]
+        found = compare([*measured, *apart], PLAIN, whole)[self.name]["methods"]
+        return {group: found[name] for name, group in names.items()}
+
     def base_loss(self) -> float | None:
         """Nats per token; None if no trial got as far as to measure it."""
         found = next((result["base"]["target"]["loss"] for result in self.results if "base" in result), math.nan)
@@ -258,13 +270,20 @@ def to_csv(recipes: Sequence[Recipe]) -> str:
 
 
 def figures_csv(recipes: Sequence[Recipe]) -> str:
-    """`fronts.compare` by each measure of what was kept, one row a method: mean, interval and number of seeds."""
+    """`fronts.compare` by each measure of what was kept: mean, interval and number of seeds.
+
+    One row for each method, and where it has several settings, one for each of them alone.
+    """
     rows = []
     for recipe in recipes:
         scores = {f"{probe}.{metric}": recipe.by_score(probe, metric) for probe, metric in SCORES}
         for kept, found in {"text": recipe, **scores}.items():
-            for method, figures in () if found is None or found.box is None else found.figures.items():
-                row = {"recipe": recipe.name, "kept": kept, "method": method, "seeds": figures["hypervolume"]["n"]}
+            if found is None or found.box is None:
+                continue
+            named = {(method, ""): figures for method, figures in found.figures.items()} | found.figures_by_setting
+            for (method, setting), figures in named.items():
+                row = {"recipe": recipe.name, "kept": kept, "method": method, "setting": setting}
+                row["seeds"] = figures["hypervolume"]["n"]
                 intervals = {
                     "hypervolume": figures["hypervolume"],
                     **{f"hypervolume less {other}'s": less for other, less in figures["against"].items()},
@@ -285,7 +304,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
     return buffer.getvalue()
 
 
-FIGURES = ("recipe", "kept", "method", "seeds")
+FIGURES = ("recipe", "kept", "method", "setting", "seeds")
 
 
 STATE = ("checkpoint", "step", "scale", "learned", "rise")
