@@ -54,6 +54,7 @@ def measure_alone(args: argparse.Namespace) -> dict[str, Any]:
         "dataset_train_split": f"train[:{args.steps * 8}]",
         "output_dir": folder / "run",
         "method": "ce" if forced else method,
+        "tmkl_weight": 1.0,
         "adapter": adapter,
         "max_steps": args.steps,
         "per_device_train_batch_size": 8,

@@ -120,7 +120,8 @@ def test_each_adapter_trains_with_tmkl_and_loads_with_the_same_logits(
 ) -> None:
     grab = Grab()
     rate = "0.1" if name == "adalora" else "0.01"  # its E starts at zero, so at first little moves
-    record = train.run(parse(argv(config, name, "--max_steps", "4", "--learning_rate", rate)), [grab])
+    options = argv(config, name, "--max_steps", "4", "--learning_rate", rate, "--tmkl_weight", "1")
+    record = train.run(parse(options), [grab])
     steps = [entry for entry in record["log_history"] if "kl" in entry]
     assert len(steps) == 4
     assert abs(steps[0]["kl"]) < 1e-5  # each starts as the base
