@@ -1,8 +1,5 @@
-"""The tables of docs/evidence.md and the README, from the figures that `mtt report` wrote beside a study's page.
-
-python -m benchmarks.evidence                       # of results/smollm2
-python -m benchmarks.evidence results/smollm2-documents
-"""
+"""The tables of docs/evidence.md and the README, from the figures that `mtt report` wrote beside the page of
+results/smollm2 (or of another copy of that study: its folder is the argument): `python -m benchmarks.evidence`."""
 
 from __future__ import annotations
 

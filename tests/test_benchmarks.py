@@ -178,7 +178,7 @@ def test_naive_and_ours_train_on_the_same_loss(tmp_path: Path, monkeypatch: pyte
     assert losses["tmkl_cached"] == pytest.approx(losses["tmkl"], rel=1e-5)
     distances = [losses["context"] - losses["tmkl"], losses["anchors"] - losses["context"]]
     for distance in [losses["tmkl"] - losses["ce"], *distances]:
-        assert abs(distance) > 1e-4 * losses["ce"]
+        assert abs(distance) > 1e-3 * losses["ce"]
 
 
 def test_step_appends_whole_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,8 +148,8 @@ def test_the_operator_keeps_its_contract() -> None:
     """Schema, fake tensors and autograd registration, by PyTorch's own checks."""
     x = _inputs(5, 4, 11, dtype=torch.float32)
     arguments = [x["hidden"], x["head_weight"], x["head_bias"], x["base_hidden"], None, None, x["labels"]]
-    numbers = [1.0, None, 1.0, None, 0.7, "forward", True, True, "uniform", 1.0, None, 2, False, True, True, True]
-    library.opcheck(linear._linear_rows, (*arguments, *numbers, 0, 0, None, True, False, False))
+    numbers = [1.0, None, 1.0, None, 0.7, "forward", True, True, "uniform", 1.0, None, 2, False, 0, 0, None]
+    library.opcheck(linear._linear_rows, (*arguments, *numbers, True, True, True, True, False, False))
 
 
 def test_rounded_logits_put_a_floor_under_a_small_kl() -> None:

@@ -181,10 +181,10 @@ def linear_rows(
         options.exclude_base_above,
         chunk_tokens,
         logits_dtype in (torch.bfloat16, torch.float16),
+        *(shard or (0, 0, None)),
         full_kl,
         token_statistics,
         skip_ignored,
-        *(shard or (0, 0, None)),
         with_graph and hidden.requires_grad,
         with_graph and weight.requires_grad,
         with_graph and bias is not None and bias.requires_grad,
@@ -254,12 +254,12 @@ def _linear_rows(
     exclude_base_above: float | None,
     chunk_tokens: int,
     rounded_logits: bool,
-    full_kl: bool,
-    token_statistics: bool,
-    skip_ignored: bool,
     shard_first: int,
     shard_size: int,
     shard_group: str | None,
+    full_kl: bool,
+    token_statistics: bool,
+    skip_ignored: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -299,7 +299,9 @@ def _linear_rows(
     columns = len(weight) if shard is None else shard.size  # the same on each process, for the same chunks
     chunk_tokens = chunk_tokens or rows_of_chunk(hidden.device.type, logits_dtype.itemsize, columns)
     blocks: list[Rows] = []
-    compute_rows = row_kernel(hidden.device.type) if shard is None else rows_torch.compute_rows
+    compute_rows = row_kernel(hidden.device.type)
+    if shard is not None:
+        compute_rows = functools.partial(rows_torch.compute_rows, shard=shard)
     # Autocast would send the products to bfloat16 logits; their dtype is chosen here.
     with torch.autocast(hidden.device.type, enabled=False), _matrix_units(hidden.dtype, weight.dtype):
         # One pass over an empty batch, so that the results have their dtype.
@@ -327,7 +329,6 @@ def _linear_rows(
                     gradient=gradient,
                     full_kl=full_kl,
                     token_statistics=token_statistics,
-                    **({} if shard is None else {"shard": shard}),
                 )
             )
             if gradient is None:
@@ -354,8 +355,8 @@ def _linear_rows(
 
 @_linear_rows.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, base_hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    labels, flags = rest[2], rest[-9:]
-    full_kl, token_statistics, _, *_, need_hidden, need_weight, need_bias = flags
+    labels, flags = rest[2], rest[-6:]
+    full_kl, token_statistics, _, need_hidden, need_weight, need_bias = flags
     statistics = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     n = labels.shape[0]
 
