@@ -117,7 +117,7 @@ def make_trainer(args: argparse.Namespace, output_dir: str, callbacks: list[Any]
         if args.alone == "anchors":
             file = Path(output_dir, "anchors.jsonl")
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"text": " ".join(["word"] * (length // 4))}) + "\n")
+            file.write_text((json.dumps({"text": " ".join(["word"] * (length // 4))}) + "\n") * 64)
             anchors = Anchors(file)
         callbacks = [TMKLCallback(TMKL(context_weight=1.0), anchors=anchors), *callbacks]
     trainer: type[SFTTrainer] = Naive if args.alone == "naive" else SFTTrainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import statistics
@@ -158,9 +159,30 @@ def test_their_share_of_the_tokens_is_right_on_average(share: float, lengths: li
     added = []
     for start in range(400):
         rows = [{"input_ids": [1 + start % 40, start // 40 + 1, *[3] * (n - 2)]} for n in lengths]
-        added.append(sum(map(len, collator._chosen(rows))))
+        added.append(sum(map(len, collator._chosen(rows, collator._joined(rows)))))
     wanted = sum(lengths) * share / (1 - share)
     assert abs(statistics.fmean(added) - wanted) < 5 * statistics.stdev(added) / 20 + 1e-9
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30),
+    longest=st.lists(st.integers(2, 300), min_size=1, max_size=40),
+)
+def test_short_anchors_share_rows_of_nearly_the_longest_documents_length(
+    lengths: list[int], longest: list[int]
+) -> None:
+    """Each whole, in order; two neighbours would not fit into one row; few kinds of rows for any documents."""
+    anchors = [[5 + place] * n for place, n in enumerate(lengths)]
+    collator = AnchorCollator(_collate, anchors)
+    for length in longest:
+        rows = collator._joined([{"input_ids": [1] * length}, {"input_ids": [1]}])
+        assert [token for row in rows for token in row] == [token for ids in anchors for token in ids]
+        whole = [ids for ids in anchors if len(ids) > length]
+        assert all(len(row) <= length or row in whole for row in rows)
+        for one, following in itertools.pairwise(rows):
+            assert len(one) + following.count(following[0]) > 0.75 * length
+    assert len(collator._of_length) <= 32  # of 299
+    assert anchors == [[5 + place] * n for place, n in enumerate(lengths)]
 
 
 def test_the_rows_of_the_data_stay_as_they_are_and_anchors_have_no_target() -> None:
