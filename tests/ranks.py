@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -85,12 +85,38 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def micro_batches(data: dict[str, Tensor], micro: int, *, packed: bool) -> Iterator[dict[str, Tensor]]:
+    """This rank's share, in so many parts; ``packed``: the documents of each in one row, without padding."""
+    mine = share(data, dist.get_rank(), dist.get_world_size())
+    for part in range(micro):
+        rows = {name: value[part::micro] for name, value in mine.items()}
+        if packed:
+            lengths = rows.pop("attention_mask").sum(1).tolist()
+            rows["labels"] = rows["labels"].clone()
+            rows["labels"][:, 0] = -100  # no document's last token predicts the next one's first
+            rows = {
+                name: torch.cat([row[:n] for row, n in zip(value, lengths, strict=True)])[None]
+                for name, value in rows.items()
+            }
+            rows["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+        yield rows
+
+
 def first_step(
-    wrap: Callable[[Any], nn.Module], start: nn.Module, data: dict[str, Tensor], micro: int, choice: Any = "auto"
-) -> Any:
+    wrap: Callable[[Any], nn.Module],
+    start: nn.Module,
+    data: dict[str, Tensor],
+    micro: int,
+    choice: Any = "auto",
+    *,
+    checkpointing: bool = False,
+    packed: bool = False,
+) -> tuple[float, list[Tensor]]:
     """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = copy.deepcopy(start)
+    ranks = dist.get_world_size()
+    model: Any = copy.deepcopy(start)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
     attachment = attach(model, OPTIONS, base=choice)  # before it is wrapped
     if choice == "initial":
         move(model, 0.2)
@@ -101,9 +127,8 @@ def first_step(
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
     items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
     context = torch.tensor(attachment.count_context(data))
-    mine, total = share(data, rank, ranks), torch.zeros(())
-    for part in range(micro):
-        rows = {name: value[part::micro] for name, value in mine.items()}
+    total = torch.zeros(())
+    for rows in micro_batches(data, micro, packed=packed):
         loss = wrapped(**rows, num_items_in_batch=items, num_context_in_batch=context).loss
         (loss * ranks).backward()  # gradients are averaged over ranks
         total += loss.detach()
@@ -114,12 +139,13 @@ def first_step(
         return float(total), [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
 
 
-def compared(name: str, start: nn.Module, base: nn.Module, data: dict[str, Tensor], micro: int, **options: Any) -> Any:
-    """A first step of all ranks, and that of one process over the whole batch."""
-    loss, weights = first_step(FORMS[name], start, data, micro, **options)
+def compared(
+    step: tuple[float, list[Tensor]], start: nn.Module, base: nn.Module, data: dict[str, Tensor], *, moved: float = 0.0
+) -> dict[str, float]:
+    """A first step of all ranks, and that of one process over the whole batch, from ``start`` moved so far."""
+    loss, weights = step
     alone = copy.deepcopy(start)
-    if options.get("choice") == "initial":
-        move(alone, 0.2)
+    move(alone, moved)
     expected = reference_loss(alone, base, data, OPTIONS)
     expected.loss.backward()
     trained = [p for p in alone.parameters() if p.requires_grad]
@@ -149,17 +175,22 @@ def main() -> None:
     start, silent = starts["lora"], ROWS // dist.get_world_size()
     found = {}
     for name, rows, micro in itertools.product(FORMS, (0, silent), (1, 2)):
-        found[f"{name}, {rows} silent rows, {micro} micro-batches"] = compared(
-            name, start, base, global_batch(rows), micro
-        )
+        data = global_batch(rows)
+        step = first_step(FORMS[name], start, data, micro)
+        found[f"{name}, {rows} silent rows, {micro} micro-batches"] = compared(step, start, base, data)
+    data = global_batch(silent)
     for name, adapter in itertools.product(FORMS, list(ADAPTERS)[1:]):
-        found[f"{name}, {adapter}"] = compared(name, starts[adapter], base, global_batch(silent), 2)
+        step = first_step(FORMS[name], starts[adapter], data, 2)
+        found[f"{name}, {adapter}"] = compared(step, starts[adapter], base, data)
     for name in FORMS:
-        found[f"{name}, separate base"] = compared(
-            name, start, base, global_batch(silent), 2, choice=copy.deepcopy(base)
-        )
+        step = first_step(FORMS[name], start, data, 2, copy.deepcopy(base))
+        found[f"{name}, separate base"] = compared(step, start, base, data)
+    for name, packed in itertools.product(FORMS, (False, True)):
+        step = first_step(FORMS[name], start, data, 2, checkpointing=True, packed=packed)
+        found[f"{name}, checkpointing{', packed' if packed else ''}"] = compared(step, start, base, data)
     pissa = with_lora(copy.deepcopy(base), init_lora_weights="pissa")
-    found["ddp, initial adapter"] = compared("ddp", pissa, base, global_batch(silent), 2, choice="initial")
+    step = first_step(as_ddp, pissa, data, 2, "initial")
+    found["ddp, initial adapter"] = compared(step, pissa, base, data, moved=0.2)
     messages = {
         "sharded": refused(lambda: attach(as_fsdp(copy.deepcopy(start), head=False), OPTIONS)),
         "head's parts": refused(
@@ -175,9 +206,8 @@ def main() -> None:
     # The first rank finds its sequences, and the others don't: a base pass of its own would wait for ever.
     for name in FORMS:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"{name}, cached base"] = compared(
-                name, start, base, global_batch(0), 1, choice=CachedBase(folder=folder)
-            )
+            step = first_step(FORMS[name], start, global_batch(0), 1, CachedBase(folder=folder))
+            found[f"{name}, cached base"] = compared(step, start, base, global_batch(0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         first_step(FORMS["fsdp2"], start, global_batch(silent), 1, choice="cached")

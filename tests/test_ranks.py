@@ -36,9 +36,10 @@ def results_of(output: str, *names: str) -> list[Any]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
-    """Unequal supervised tokens, a rank without any, accumulation, each kind of base and of head; see ranks.py."""
+    """Unequal supervised tokens, a rank without any, accumulation, checkpointing, packing, each kind of base and of
+    head; see ranks.py."""
     messages, found = results_of(launch(ranks, "ranks.py"), "MESSAGES ", "RESULTS ")
-    assert len(found) == 37
+    assert len(found) == 45
     for name, case in found.items():
         assert case["loss"] == pytest.approx(case["expected"], rel=1e-5), name
         assert case["moved"] > 1e-3, name
@@ -53,19 +54,24 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
 
 
 def test_the_trainer_logs_over_two_processes_what_it_does_in_one(tmp_path: Path) -> None:
-    """DDP and FSDP2, with a budget whose weight moves; DDP's run is saved, and goes on in one process."""
+    """DDP, FSDP1 and FSDP2, with a budget whose weight moves, and weights that only the first process has loaded; saved
+    runs of DDP and FSDP2 go on in three processes, and in one."""
     (found,) = results_of(launch(2, "ranks_trainer.py", str(tmp_path)), "RESULTS ")
-    alone = train(tmp_path / "alone", gradient_accumulation_steps=2)
+    alone = train(tmp_path / "alone", accumulate=2)
     assert len(alone) == 6
     assert alone[-1]["kl"] > 1e-3
     weights = [entry["context_weight"] for entry in alone]
     assert weights[-1] > 1.1 * weights[0]
     assert found["context weights"][0] == found["context weights"][1]
-    resumed = train(tmp_path / "ddp", resume=tmp_path / "ddp" / "checkpoint-3", gradient_accumulation_steps=2)
-    assert len(resumed) == 6  # three of them from the checkpoint
-    for run in (found["ddp"], found["fsdp2"], resumed):
+    del found["context weights"]
+    for ranks in (3, 1):
+        (resumed,) = results_of(launch(ranks, "ranks_trainer.py", str(tmp_path), "resume"), "RESULTS ")
+        found |= {f"{name}, resumed in {ranks}": run for name, run in resumed.items()}
+    assert len(found) == 8
+    for name, run in found.items():  # of those that were resumed, three are from the checkpoint
         for here, there in zip(run, alone, strict=True):
-            assert [here[name] for name in FIGURES] == pytest.approx([there[name] for name in FIGURES], rel=1e-3)
+            figures = [here[figure] for figure in FIGURES]
+            assert figures == pytest.approx([there[figure] for figure in FIGURES], rel=1e-3), name
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -31,8 +31,6 @@ from mask_the_target.head import (
     Probed,
     accepted,
     evaluating,
-    is_distributed,
-    is_sharded,
     narrow,
     probe,
     probe_inputs,
@@ -50,6 +48,7 @@ from mask_the_target.objective import (
 )
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 from mask_the_target.rows_torch import Rows
+from mask_the_target.sharding import from_first_process, gathering, is_distributed, is_sharded, whole_shape
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,16 @@ class Attachment:
     def __post_init__(self) -> None:
         self._tap = HeadTap(self.model)
         try:
-            # Outside of the head's own call its weight has another shape, once the model is sharded.
             weight = self._tap.head().weight
             if self._tap.adapted and is_distributed(weight):
                 raise ValueError(
                     "the head has an adapter or a trained copy, and its vocabulary is sharded (tensor parallelism), "
                     "where only the base's head is supported. Leave the head out of the adapter."
                 )
-            self._vocabulary = weight.shape[0]
+            self._vocabulary = whole_shape(weight)[0]
             self._previous = self.model.forward
             self._own = self.model.__dict__.get("forward")
-            self._probed = probe(self.model, self._previous, self._tap)
+            self._probed = from_first_process(lambda: probe(self.model, self._previous, self._tap))
             self._base_tap, self._base_probed = self._probe_base()
             if not self.shifts_labels:
                 warnings.warn(
@@ -255,20 +253,23 @@ class Attachment:
 
     def _probe_base(self) -> tuple[HeadTap, Probed]:
         if self.base.model is self.model:
+            if self.base.kind == "initial":
+                with self.base.context():  # refused now, not in the first step, where the model is sharded already
+                    pass
             if self.base.kind == "off":
                 inputs = probe_inputs(self.model, self._previous, self._vocabulary)
                 with torch.no_grad(), evaluating(self.model), self.base.context():
-                    require_pass_through(self.model, lambda: self._previous(**inputs))
+                    from_first_process(lambda: require_pass_through(self.model, lambda: self._previous(**inputs)))
             return self._tap, self._probed
         tap = HeadTap(self.base.model)
         try:
-            own, other = self._vocabulary, tap.head().weight.shape[0]
+            own, other = self._vocabulary, whole_shape(tap.head().weight)[0]
             if own != other:
                 raise ValueError(
                     f"the model has {own} tokens and base= has {other}; they must share one "
                     "vocabulary to be compared token by token."
                 )
-            return tap, probe(self.base.model, self.base.model.forward, tap)
+            return tap, from_first_process(lambda: probe(self.base.model, self.base.model.forward, tap))
         except BaseException:
             tap.remove()
             raise
@@ -591,7 +592,8 @@ def attach(
     choice, cached = cache_of(base)
     resolved = choice if isinstance(choice, Base) else resolve_base(inner, choice, configs=configs)
     cache = cache if cached is None else BaseCache(cached, resolved)
-    return Attachment(inner, options, resolved, full_kl, cache)
+    with gathering(inner):
+        return Attachment(inner, options, resolved, full_kl, cache)
 
 
 def cache_of(base: Any) -> tuple[Any, CachedBase | None]:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mask_the_target.head import adapter_classes, is_distributed, is_sharded, layer_below
+from mask_the_target.head import adapter_classes, layer_below
 from mask_the_target.proof import off_is_base
+from mask_the_target.sharding import is_distributed, is_sharded
 
 BaseChoice = Literal["auto", "off", "initial"]
 
@@ -26,6 +27,11 @@ BaseChoice = Literal["auto", "off", "initial"]
 _SUBTRACTING_INITS = ("pissa", "olora", "corda", "lora_ga")
 # Its start comes from a pass over data, which a toy can't repeat; it leaves the base weights alone.
 _FROM_DATA = ("eva",)
+INITIAL_IS_SHARDED = (
+    "base='initial' puts a copy of the initial adapter in the place of its weights for each base pass, which isn't "
+    "possible where these are sharded (FSDP, ZeRO-3, tensor parallelism). Use DDP or ZeRO-2, or pass a separately "
+    "loaded model as base=."
+)
 
 
 @dataclass(frozen=True)
@@ -300,11 +306,7 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
 
     def require_unchanged() -> None:
         if is_sharded(model) or any(is_distributed(parameter) for parameter in parameters):
-            raise RuntimeError(
-                "base='initial' puts a copy of the initial adapter in the place of its weights for each base pass, "
-                "which isn't possible where these are sharded (FSDP, ZeRO-3, tensor parallelism). Use DDP or ZeRO-2, "
-                "or pass a separately loaded model as base=."
-            )
+            raise RuntimeError(INITIAL_IS_SHARDED)
         layers = adapter_layers(model)
         _require_adapter(model, layers)
         now = adapter_parameters(model)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mask_the_target.base import Base, adapter_parameters
 from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
-from mask_the_target.head import is_sharded
+from mask_the_target.sharding import is_sharded
 
 # All that an input may hold besides flags; the lengths of packed documents say no more than position_ids.
 _KEYED = {"input_ids", "attention_mask", "position_ids"}

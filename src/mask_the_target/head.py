@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mask_the_target.sharding import in_zero3, is_distributed, whole_shape
+
 
 class LogitTransform(NamedTuple):
     """``logits = softcap * tanh(scale * x / softcap)``, or ``scale * x`` without a soft cap; x is the head's output."""
@@ -140,29 +142,12 @@ def find_head(model: nn.Module) -> nn.Module:
             f"the head of {type(model).__name__} is a {type(linear).__name__} without a [vocabulary, hidden] weight; "
             "only linear heads are supported."
         )
-    if linear.weight.dim() != 2:  # what ZeRO-3 and FSDP1 leave in a weight's place
+    if len(whole_shape(linear.weight)) != 2:  # what FSDP1 leaves in a weight's place
         raise ValueError(
-            f"{type(model).__name__} is partitioned already (ZeRO-3, FSDP): its head's weight has the shape "
-            f"{list(linear.weight.shape)} here. In a loop of your own, attach before the model is wrapped; with a "
-            "trainer, load the model before its arguments are made, or use ZeRO-2 or DDP."
+            f"{type(model).__name__} is sharded already (FSDP1): its head's weight has the shape "
+            f"{list(linear.weight.shape)} here. Attach before the model is wrapped."
         )
     return head
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether all processes together gather parts of ``module`` one by one as it runs: FSDP's units in it, or ZeRO-3's
-    weights."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    units = [m for m in module.modules() if m is not module and isinstance(m, (FSDPModule, FullyShardedDataParallel))]
-    return bool(units) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, which has a part of the whole on each process."""
-    return hasattr(tensor, "full_tensor")
 
 
 def adapter_classes() -> tuple[type[Any], type[Any]]:
@@ -243,14 +228,16 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
             "logits. Only causal LMs are supported."
         )
     weight, bias, _ = tap.head()
-    vocabulary = weight.shape[0]
+    vocabulary, width = whole_shape(weight)
     name = type(model).__name__
     inputs = probe_inputs(model, forward, vocabulary)
     seen: list[Tensor] = []
 
-    def keep(hidden: Tensor) -> Tensor:
-        seen.extend((hidden, tap.forward(hidden)))
-        return seen[-1]
+    def keep(hidden: Tensor) -> Tensor:  # within the head's own call, where its weight is whole
+        output = tap.forward(hidden)
+        fits = hidden.shape[-1] == width
+        seen.extend((hidden, output, output.float() if tap.adapted or not fits else _head_output(hidden, weight, bias)))
+        return output
 
     grid = torch.linspace(-40, 40, vocabulary, dtype=torch.float32, device=weight.device)
     grid[0], grid[1] = _FAR, _NEAR
@@ -264,22 +251,21 @@ def probe(model: nn.Module, forward: Callable[..., Any], tap: HeadTap) -> Probed
                 f"{name} does more to its logits than scale or soft-cap them (it failed on a stand-in of width 1: "
                 f"{error}); this architecture is not supported."
             ) from error
-        hidden, output = seen
+        hidden, output, expected = seen
         if hidden.shape[:-1] != inputs["input_ids"].shape:
             raise ValueError(
                 f"{name}'s head sees hidden states {list(hidden.shape)} for token ids "
                 f"{list(inputs['input_ids'].shape)}; one for each token is needed."
             )
-        if hidden.shape[-1] != weight.shape[1]:
+        if hidden.shape[-1] != width:
             raise ValueError(
-                f"{name}'s head has a weight {list(weight.shape)}, which doesn't fit its input {list(hidden.shape)}; "
+                f"{name}'s head has a weight {[vocabulary, width]}, which doesn't fit its input {list(hidden.shape)}; "
                 "a head stored in another layout (packed, quantised) is not supported."
             )
         transform = _fit_transform(name, grid, shown.logits)
-        expected = transform(output.float() if tap.adapted else _head_output(hidden, weight, bias))
         # Logits may be float32 in name only: autocast casts them up after the head.
         tolerance = _tolerance(own.logits, output, hidden, weight)
-        _require_equal(name, "logits", own.logits.float(), expected, tolerance)
+        _require_equal(name, "logits", own.logits.float(), transform(expected), tolerance)
         return Probed(transform, *_prove_loss(model, name, forward, inputs, own.logits.float()))
 
 
@@ -336,6 +322,11 @@ def _on_text(model: nn.Module, run: Callable[[], Any]) -> Any:
                 f"{name} is sharded already, in a way that its forward can't be run on a probe ({error}), which the "
                 "proofs of TMKL's loss need. Attach first, then shard (fully_shard); a trainer that has sharded it, in "
                 f"train() or evaluate(), must be built anew. {_TENSOR_PARALLEL}"
+            ) from error
+        if any(map(in_zero3, model.parameters())):
+            raise ValueError(
+                f"{name} is partitioned (ZeRO-3), and no engine gathers its weights for a forward ({error}). As a base "
+                "of its own, load it whole, or give it to deepspeed.initialize first."
             ) from error
         raise ValueError(
             f"{name}'s forward fails on a probe of eight text tokens ({type(error).__name__}: {error}), so its logits "

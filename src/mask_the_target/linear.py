@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from mask_the_target import rows_torch
-from mask_the_target.head import Head, LogitTransform, is_distributed
+from mask_the_target.head import Head, LogitTransform
 from mask_the_target.objective import (
     CONTEXT_INDEX,
     IGNORE_INDEX,
@@ -30,6 +30,7 @@ from mask_the_target.objective import (
     reduce_rows,
 )
 from mask_the_target.rows_torch import Rows, VocabularyShard, join_rows
+from mask_the_target.sharding import is_distributed
 
 # One model's logits of a chunk. On a CPU both models' together are 32 MiB, the most that glibc gives from memory that
 # it holds already: 0.97 of the three products alone, against 1.03 to 1.17 with 2 to 4 times as much, whose pages are

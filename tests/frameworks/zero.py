@@ -8,22 +8,24 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import sys
 import tempfile
 import warnings
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from conftest import toy_llama, with_lora
-from mask_the_target import TMKL, TMKLCallback, attach
-from ranks import LEARNING_RATE, OPTIONS, ROWS, global_batch, leave, share
-from reference import reference_loss
+from mask_the_target import TMKL, CachedBase, TMKLCallback, attach
+from ranks import LEARNING_RATE, OPTIONS, ROWS, compared, global_batch, leave, micro_batches, share
+
+FIGURES = ("loss", "ce", "kl", "context_kl")
 
 
 def config(stage: int) -> dict[str, Any]:
@@ -36,11 +38,24 @@ def config(stage: int) -> dict[str, Any]:
     }
 
 
-def first_step(stage: int, start: nn.Module, data: dict[str, Tensor], micro: int) -> tuple[float, list[Tensor]]:
+def first_step(
+    stage: int,
+    start: nn.Module,
+    data: dict[str, Tensor],
+    micro: int,
+    choice: Any = "auto",
+    *,
+    checkpointing: bool = False,
+    packed: bool = False,
+) -> tuple[float, list[Tensor]]:
     """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = dist.get_world_size()
     model: Any = copy.deepcopy(start)
-    attachment = attach(model, OPTIONS)  # before it is partitioned
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
+    attachment = attach(model, OPTIONS, base=choice)  # before it is partitioned
+    if isinstance(choice, CachedBase):
+        attachment.fill_cache(share(data, 0, ranks))  # the first rank finds its sequences, the others don't
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = {"train_micro_batch_size_per_gpu": ROWS // ranks // micro, "gradient_accumulation_steps": micro}
     engine, *_ = deepspeed.initialize(
@@ -48,9 +63,8 @@ def first_step(stage: int, start: nn.Module, data: dict[str, Tensor], micro: int
     )
     items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
     context = torch.tensor(attachment.count_context(data))
-    mine, total = share(data, rank, ranks), torch.zeros(())
-    for part in range(micro):
-        rows = {name: value[part::micro] for name, value in mine.items()}
+    total = torch.zeros(())
+    for rows in micro_batches(data, micro, packed=packed):
         loss = engine(**rows, num_items_in_batch=items, num_context_in_batch=context).loss
         engine.backward(loss * ranks * micro)  # gradients are averaged over ranks and micro-batches
         engine.step()
@@ -66,27 +80,34 @@ def loop() -> dict[str, Any]:
     found = {}
     for stage, silent, micro in itertools.product((1, 2, 3), (0, ROWS // dist.get_world_size()), (1, 2)):
         data = global_batch(silent)
-        loss, weights = first_step(stage, start, data, micro)
-        alone = copy.deepcopy(start)
-        expected = reference_loss(alone, base, data, OPTIONS)
-        expected.loss.backward()
-        trained = [p for p in alone.parameters() if p.requires_grad]
-        moved = [p.detach() - LEARNING_RATE * p.grad for p in trained]
-        found[f"stage {stage}, {silent} silent rows, {micro} micro-batches"] = {
-            "loss": loss,
-            "expected": float(expected.loss.detach()),
-            "moved": max(float((p.detach() - q).abs().max()) for p, q in zip(trained, moved, strict=True)),
-            "error": max(float((p - q).abs().max()) for p, q in zip(weights, moved, strict=True)),
-        }
+        step = first_step(stage, start, data, micro)
+        found[f"stage {stage}, {silent} silent rows, {micro} micro-batches"] = compared(step, start, base, data)
+    for stage, packed in itertools.product((2, 3), (False, True)):
+        step = first_step(stage, start, data, 2, checkpointing=True, packed=packed)
+        found[f"stage {stage}, checkpointing{', packed' if packed else ''}"] = compared(step, start, base, data)
+    for stage in (2, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            step = first_step(stage, start, global_batch(0), 1, CachedBase(folder=folder))
+            found[f"stage {stage}, cached base"] = compared(step, start, base, global_batch(0))
+    late = with_lora(copy.deepcopy(base), moved=0.2, layers_to_transform=[1])
+    found["stage 3, adapter on the last layer"] = compared(first_step(3, late, data, 2), late, base, data)
     return found
 
 
-def trainer(stage: int, *, partitioned: bool = False) -> list[dict[str, float]]:
-    """What transformers' Trainer logs in three steps of four rows each: over two ranks with ZeRO, or in one process.
-    ``partitioned``: before the trainer is built."""
+def trainer(
+    folder: Path,
+    stage: int,
+    *,
+    partitioned: bool = False,
+    resume: bool = False,
+    pissa: bool = False,
+    separate: bool = False,
+) -> list[dict[str, float]]:
+    """What transformers' Trainer logs in four steps of six rows each, saved after the second: over all ranks with ZeRO,
+    or in one process. ``partitioned``: by from_pretrained, as where the arguments are made before the model."""
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for place in range(12):
+    for place in range(24):
         ids = torch.randint(3, 47, (10,), generator=generator).tolist()
         begin = 2 + place % 5  # unequal numbers of targets
         rows.append({"input_ids": ids, "attention_mask": [1] * 10, "labels": [-100] * begin + ids[begin:]})
@@ -94,38 +115,42 @@ def trainer(stage: int, *, partitioned: bool = False) -> list[dict[str, float]]:
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
         "auto",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=3,
-            per_device_train_batch_size=2 if stage else 4,
-            deepspeed=config(stage) | auto if stage else None,
-            use_cpu=True,
-            bf16=False,
-            optim="sgd",
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        callback = TMKLCallback(TMKL(weight=0.5))
-        with deepspeed.zero.Init() if partitioned else nullcontext():  # as from_pretrained loads it
-            model = with_lora(toy_llama(pad_token_id=None))
-        run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
-        run.train()
-    return [{key: entry[key] for key in ("loss", "ce", "kl")} for entry in run.state.log_history if "loss" in entry]
+    whole = None if partitioned else AutoModelForCausalLM.from_pretrained(folder / "base")
+    arguments = TrainingArguments(
+        output_dir=str(folder / f"stage{stage}"),
+        max_steps=4,
+        per_device_train_batch_size=6 // int(os.environ.get("WORLD_SIZE", "1")),
+        deepspeed=config(stage) | auto if stage else None,
+        use_cpu=True,
+        bf16=False,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "base") if partitioned else whole
+    assert partitioned == hasattr(next(model.parameters()), "ds_id")
+    torch.manual_seed(0)
+    model = with_lora(model, init_lora_weights="pissa" if pissa else True)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder / "base") if separate else "auto"
+    callback = TMKLCallback(TMKL(weight=0.5, context_weight=0.3), base)
+    run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+    run.train(resume_from_checkpoint=str(folder / f"stage{stage}" / "checkpoint-2") if resume else None)
+    return [{key: entry[key] for key in FIGURES} for entry in run.state.log_history if "loss" in entry]
 
 
-def main(what: str) -> None:
+def main(what: str, folder: str = "") -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if what != "0":
         deepspeed.init_distributed("gloo")
+    stage, *asked = what.split()
     try:
-        found: Any = loop() if what == "loop" else trainer(int(what[0]), partitioned=what.endswith("partitioned"))
+        found: Any = loop() if what == "loop" else trainer(Path(folder), int(stage), **dict.fromkeys(asked, True))
     except ValueError as error:
         found = str(error)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -135,4 +160,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import CallbackHandler
 
 from mask_the_target.anchors import AnchorCollator, Anchors
 from mask_the_target.attach import Attachment, Totals, attach, attachment_of, cache_of, unwrap
-from mask_the_target.base import Base, BaseChoice, require_frozen_rest, resolve_base
+from mask_the_target.base import INITIAL_IS_SHARDED, Base, BaseChoice, require_frozen_rest, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.budget import DriftBudget
 from mask_the_target.cache import CachedBase
@@ -118,6 +119,9 @@ class TMKLCallback(TrainerCallback):
         if self.anchors is not None:
             self._add_anchors(self.anchors, args, kwargs.get("processing_class"))
         if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            zero3 = trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+            if self._base is not None and self._base.kind == "initial" and (trainer.is_fsdp_enabled or zero3):
+                raise ValueError(INITIAL_IS_SHARDED)
             self._attach_before_sharding(trainer)
 
     def _attach_before_sharding(self, trainer: Any) -> None:
