@@ -47,7 +47,7 @@ compatibility: $(VENV)/.installed
 # Frameworks whose pins conflict with ours, DeepSpeed, and the trackers of report_to, each in an environment of its own.
 # One: make integrations FRAMEWORKS=axolotl
 # `oldest` has the lowest versions that the library allows, and runs the tests of the loss and the callback.
-FRAMEWORKS ?= axolotl llamafactory swift torchtune litgpt deepspeed trackers oldest
+FRAMEWORKS ?= axolotl llamafactory swift unsloth torchtune litgpt deepspeed trackers oldest
 TESTS_oldest := $(patsubst %,tests/test_%.py,objective linear rows_torch head base context attach attach_prefix prefix \
 	adapted_head cache base_cache sine_lora) $(patsubst %,tests/integrations/test_%.py,transformers settings anchors)
 integrations: $(FRAMEWORKS:%=.venv-integrations/%/.installed)

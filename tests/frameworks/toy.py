@@ -80,9 +80,18 @@ class Recorder:
 
         monkeypatch.setattr(Trainer, "training_step", step)
 
-    def check(self, folder: Path, options: TMKL, *, steps: int, accumulation: int = 1, exact: float = 1e-4) -> None:
+    def check(
+        self,
+        folder: Path,
+        options: TMKL,
+        *,
+        steps: int,
+        accumulation: int = 1,
+        exact: float = 1e-4,
+        adapted: nn.Module | None = None,
+    ) -> None:
         """What was logged of each step is the reference's on the same batches: a second, untouched base from the
-        ``folder``, the adapter as it stood, and dense logits of both.
+        ``folder``, the adapter as it stood in a copy of the trainer's model (or ``adapted``), and dense logits of both.
 
         ``loss`` is averaged as the trainer does it: over the step's supervised tokens where it counted them, else over
         each micro-batch and then over these. ``ce`` and ``kl`` are means over the step's supervised tokens, and
@@ -92,7 +101,7 @@ class Recorder:
         assert len(logs) == steps
         assert len(self.steps) == steps * accumulation
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        adapted = copy.deepcopy(self.trainer.model).float().train()
+        adapted = (copy.deepcopy(self.trainer.model) if adapted is None else adapted).float().train()
         for index, entry in enumerate(logs):
             parts = self.steps[index * accumulation : (index + 1) * accumulation]
             items = sum(int((data["labels"][:, 1:] != -100).sum()) for data, *_ in parts)
