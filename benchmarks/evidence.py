@@ -1,5 +1,5 @@
-"""The tables of docs/evidence.md and the README, from the figures that `mtt report` wrote beside the page of
-results/smollm2 (or of another copy of that study: its folder is the argument): `python -m benchmarks.evidence`."""
+"""The tables of docs/evidence.md and the README, from the figures that `mtt report` wrote beside the page of a study:
+`python -m benchmarks.evidence results/smollm2`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import csv
 import statistics
 import sys
 from pathlib import Path
-
-from benchmarks.measure import ROOT
 
 # Method, and what its setting begins with where only one of several is meant: how it is called.
 METHODS = {
@@ -18,6 +16,10 @@ METHODS = {
     ("context", "tmkl_context_weight 1,"): "prompt's KL, weight 1",
     ("both", "tmkl_weight 0.3, tmkl_context_weight 1,"): "TMKL 0.3, prompt's KL 1",
     ("both", "tmkl_weight 0.1, tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3: `TMKL.recommended()`",
+    ("budget", "max_drift 0.01,"): "TMKL 0.1, prompt's drift 0.01",
+    ("budget", "max_drift 0.02,"): "TMKL 0.1, prompt's drift 0.02",
+    ("anchors", "tmkl_context_weight 1,"): "anchors, weight 1",
+    ("both", "tmkl_context_weight 1,"): "TMKL 0.3, anchors 1",
 }
 MEASURES = {"text": "English text", "facts.greedy": "facts asked in chat", "instructions.followed": "instructions"}
 NOTHING = "–"
@@ -104,7 +106,7 @@ def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    for name, text in tables(Path(argv[0]) if argv else ROOT / "results" / "smollm2").items():
+    for name, text in tables(Path(argv[0])).items():
         print(f"{name}\n\n{text}\n")
 
 

@@ -395,7 +395,8 @@ class Attachment:
         if self._first_batch and not len(every):
             warnings.warn(
                 "the first batch has no context position (a prompt's, without a label), so context_weight holds "
-                "nothing in it. It needs data with prompts whose labels are -100, as completion_only_loss makes them.",
+                "nothing in it. It needs data with prompts whose labels are -100, as completion_only_loss makes them, "
+                "or anchors: TMKLCallback(..., anchors='auto'), mtt train --anchors auto.",
                 stacklevel=2,
             )
         self._first_batch = False
