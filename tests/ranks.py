@@ -199,6 +199,15 @@ def main() -> None:
             )
         ),
     }
+    model = copy.deepcopy(start)
+    with attach(model, OPTIONS, base="cached") as attachment:
+        settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        os.environ |= settings
+        messages["first process's weights"] = refused(lambda: attachment.fill_cache(global_batch(0)))
+        for name in settings:
+            del os.environ[name]
+        as_fsdp(model, head=False)
+        messages["sharded weights"] = refused(lambda: attachment.fill_cache(global_batch(0)))
     for name in ("fsdp1", "fsdp2"):
         messages[f"initial adapter, {name}"] = refused(
             lambda name=name: first_step(FORMS[name], pissa, global_batch(0), 1, choice="initial")

@@ -24,6 +24,7 @@ from mask_the_target.base import Base
 from mask_the_target.files import write_whole
 from mask_the_target.head import evaluating
 from mask_the_target.objective import IGNORE_INDEX
+from mask_the_target.sharding import is_sharded
 
 QUESTION_TOKENS = 32  # of a user's turn
 ROUNDS = 4  # times as many sequences are written, at most, until there are enough different ones
@@ -75,7 +76,7 @@ class Anchors:
     def sequences(self, base: Base, tokenizer: Any, folder: Path) -> list[list[int]]:
         """Token ids of each; ``"auto"`` writes what ``folder`` doesn't hold yet for this base and these settings.
 
-        Raises ValueError for a file that holds none, or a base that writes too few.
+        Raises ValueError for a file that holds none, or a base that is sharded and would have to write.
         """
         if self.source != "auto":
             return load_anchors(Path(self.source), tokenizer)
@@ -83,6 +84,11 @@ class Anchors:
         told = [getattr(config, "name_or_path", ""), self.count, self.length, self.seed]
         file = folder / f"anchors-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:10]}.jsonl"
         if not file.exists():
+            if is_sharded(base.model):
+                raise ValueError(
+                    "anchors='auto' are written by the first process, and the model is sharded (ZeRO-3). Let mtt "
+                    "anchors write a file beforehand, and give that."
+                )
             rows = write_anchors(
                 base.model, tokenizer, self.count, length=self.length, seed=self.seed, context=base.context
             )

@@ -48,7 +48,14 @@ from mask_the_target.objective import (
 )
 from mask_the_target.prefix import SharedPrefix, find_shared_prefix
 from mask_the_target.rows_torch import Rows
-from mask_the_target.sharding import from_first_process, gathering, is_distributed, is_sharded, whole_shape
+from mask_the_target.sharding import (
+    from_first_process,
+    gathering,
+    is_distributed,
+    is_sharded,
+    loaded_by_first_process,
+    whole_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -437,9 +444,18 @@ class Attachment:
         return None if torch.compiler.is_compiling() else self.prefix
 
     def fill_cache(self, batch: Mapping[str, Any]) -> None:
-        """Run (or find) the base pass of a training batch, so that its hidden states are in the cache."""
+        """Run (or find) the base pass of a training batch, so that its hidden states are in the cache.
+
+        Raises ValueError without a cache, and where this process hasn't the whole weights.
+        """
         if self.cache is None:
             raise ValueError("this model is attached without a cache; use attach(model, base='cached').")
+        if is_sharded(self.base.model) or loaded_by_first_process():
+            raise ValueError(
+                "the cache is filled by whole weights, and this model is sharded (FSDP, ZeRO-3), or loaded on the "
+                "first process alone (FSDP's cpu_ram_efficient_loading). Load it whole on each process, and fill the "
+                "cache before the model is wrapped."
+            )
         inputs = {**batch, **self._settings}
         shift = self.shifts_labels
         targets = _take_targets(inputs, shift=shift)

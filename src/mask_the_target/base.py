@@ -306,7 +306,7 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
 
     def require_unchanged() -> None:
         if is_sharded(model) or any(is_distributed(parameter) for parameter in parameters):
-            raise RuntimeError(INITIAL_IS_SHARDED)
+            raise ValueError(INITIAL_IS_SHARDED)
         layers = adapter_layers(model)
         _require_adapter(model, layers)
         now = adapter_parameters(model)

@@ -37,10 +37,11 @@ def whole_shape(weight: Tensor) -> torch.Size:
 def gathering(model: nn.Module) -> Iterator[None]:
     """A model that ``from_pretrained`` partitioned for ZeRO-3 can run in here before DeepSpeed's engine is made, which
     gathers each module's weights for its own call, and so do we. Nothing is done with any other model."""
-    own = [(module, [p for p in module.parameters(recurse=False) if in_zero3(p)]) for module in model.modules()]
+    engine = hasattr(model, "ds_id")  # it numbers the modules
+    own = {module: [p for p in module.parameters(recurse=False) if in_zero3(p)] for module in model.modules()}
     with ExitStack() as hooks:
-        for module, weights in own:
-            if weights:
+        for module, weights in own.items():
+            if weights and not engine:
                 _gather_in_calls(module, weights, hooks)
         yield
 
@@ -66,15 +67,21 @@ def in_zero3(weight: Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
-def from_first_process(run: Callable[[], T]) -> T:
-    """``run()``; and its answer on the first process, or its error, on each, where that alone has the weights.
+def loaded_by_first_process() -> bool:
+    """Whether the other processes may have nothing of a model until it is wrapped.
 
-    With FSDP's ``cpu_ram_efficient_loading`` transformers 5.16 leaves zeros, and 5.0 whatever the memory held, in the
-    others' until the model is wrapped: nothing can be proved there.
+    With FSDP's ``cpu_ram_efficient_loading`` transformers 5.16 leaves zeros in their weights, and 5.0 whatever the
+    memory held.
     """
     from transformers.integrations import is_fsdp_enabled
 
-    if not is_fsdp_enabled():
+    return is_fsdp_enabled()
+
+
+def from_first_process(run: Callable[[], T]) -> T:
+    """``run()``; where the first process alone has the weights, its answer there, or its error, on each: nothing can be
+    proved on the others."""
+    if not loaded_by_first_process():
         return run()
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:

@@ -37,7 +37,7 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     """ZeRO-1, 2 and 3; unequal supervised tokens, a rank without any, accumulation, checkpointing, packing, a cached
     base."""
     found = run(ranks, "loop")
-    assert len(found) == 19
+    assert len(found) == 21
     for name, case in found.items():
         assert case["loss"] == pytest.approx(case["expected"], rel=1e-5), name
         assert case["moved"] > 1e-3, name
@@ -60,7 +60,8 @@ def test_the_trainer_logs_what_it_does_in_one_process(folder: Path) -> None:
             assert here == pytest.approx(there, rel=1e-4, abs=1e-6), what
 
 
-def test_bases_that_would_be_taken_apart_are_refused(folder: Path) -> None:
+def test_what_needs_whole_weights_is_refused(folder: Path) -> None:
+    assert "Let mtt anchors write a file beforehand" in run(2, "3 partitioned anchors", folder)
     assert "sharded (FSDP, ZeRO-3, tensor parallelism). Use DDP or ZeRO-2" in run(2, "3 partitioned pissa", folder)
     message = run(2, "3 partitioned separate", folder)
     assert "LlamaForCausalLM is partitioned (ZeRO-3), and no engine gathers its weights for a forward" in message

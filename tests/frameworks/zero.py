@@ -18,8 +18,16 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from conftest import toy_llama, with_lora
 from mask_the_target import TMKL, CachedBase, TMKLCallback, attach
@@ -47,20 +55,24 @@ def first_step(
     *,
     checkpointing: bool = False,
     packed: bool = False,
+    to_engine: bool = False,
 ) -> tuple[float, list[Tensor]]:
-    """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank."""
+    """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank.
+    ``to_engine``: attached when the model is partitioned, not before."""
     ranks = dist.get_world_size()
     model: Any = copy.deepcopy(start)
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable()
-    attachment = attach(model, OPTIONS, base=choice)  # before it is partitioned
+    attachment = None if to_engine else attach(model, OPTIONS, base=choice)
     if isinstance(choice, CachedBase):
+        assert attachment is not None
         attachment.fill_cache(share(data, 0, ranks))  # the first rank finds its sequences, the others don't
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = {"train_micro_batch_size_per_gpu": ROWS // ranks // micro, "gradient_accumulation_steps": micro}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(trained, lr=LEARNING_RATE), config=config(stage) | batches
     )
+    attachment = attachment or attach(engine, OPTIONS, base=choice)
     items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
     context = torch.tensor(attachment.count_context(data))
     total = torch.zeros(())
@@ -91,6 +103,9 @@ def loop() -> dict[str, Any]:
             found[f"stage {stage}, cached base"] = compared(step, start, base, global_batch(0))
     late = with_lora(copy.deepcopy(base), moved=0.2, layers_to_transform=[1])
     found["stage 3, adapter on the last layer"] = compared(first_step(3, late, data, 2), late, base, data)
+    for stage in (2, 3):
+        step = first_step(stage, start, data, 2, to_engine=True)
+        found[f"stage {stage}, attached to the engine"] = compared(step, start, base, data)
     return found
 
 
@@ -102,6 +117,7 @@ def trainer(
     resume: bool = False,
     pissa: bool = False,
     separate: bool = False,
+    anchors: bool = False,
 ) -> list[dict[str, float]]:
     """What transformers' Trainer logs in four steps of six rows each, saved after the second: over all ranks with ZeRO,
     or in one process. ``partitioned``: by from_pretrained, as where the arguments are made before the model."""
@@ -137,8 +153,17 @@ def trainer(
     torch.manual_seed(0)
     model = with_lora(model, init_lora_weights="pissa" if pissa else True)
     base: Any = AutoModelForCausalLM.from_pretrained(folder / "base") if separate else "auto"
-    callback = TMKLCallback(TMKL(weight=0.5, context_weight=0.3), base)
-    run = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+    callback = TMKLCallback(TMKL(weight=0.5, context_weight=0.3), base, anchors="auto" if anchors else None)
+    words = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<s>")
+    run = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[callback],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
     run.train(resume_from_checkpoint=str(folder / f"stage{stage}" / "checkpoint-2") if resume else None)
     return [{key: entry[key] for key in FIGURES} for entry in run.state.log_history if "loss" in entry]
 
