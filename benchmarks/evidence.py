@@ -20,6 +20,7 @@ METHODS = {
     ("budget", "max_drift 0.02,"): "TMKL 0.1, prompt's drift 0.02",
     ("anchors", "tmkl_context_weight 1,"): "anchors, weight 1",
     ("both", "tmkl_context_weight 1,"): "TMKL 0.3, anchors 1",
+    ("both", "tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3",  # rank 64
 }
 MEASURES = {"text": "English text", "facts.greedy": "facts asked in chat", "instructions.followed": "instructions"}
 NOTHING = "–"
