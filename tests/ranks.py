@@ -204,6 +204,9 @@ def main() -> None:
         settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
         os.environ |= settings
         messages["first process's weights"] = refused(lambda: attachment.fill_cache(global_batch(0)))
+        messages["first process's base"] = refused(
+            lambda: attach(copy.deepcopy(start), OPTIONS, base=copy.deepcopy(base))
+        )
         for name in settings:
             del os.environ[name]
         as_fsdp(model, head=False)

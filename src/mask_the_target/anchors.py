@@ -274,8 +274,9 @@ def _text_of(row: Any, tokenizer: Any, where: str) -> tuple[str, bool]:
 class AnchorCollator:
     """A collator that adds anchors to each batch before ``collator`` pads or flattens it.
 
-    Anchors that are shorter than the batch's rows are joined to rows of nearly that length: a padded batch pays for its
-    longest row in each.
+    Anchors that are shorter than the batch's rows are joined to rows of nearly that length, since a padded batch pays
+    for its longest row in each; so an anchor sees those before it in its row. Rows that are packed or flattened cost
+    their own tokens, and there each anchor stays by itself.
 
     Which anchors a batch gets depends on the batch and the seed alone, so a resumed run gets the same, in any number of
     loader processes.
@@ -302,6 +303,7 @@ class AnchorCollator:
         packed = isinstance(rows[0], list)
         parts: list[list[dict[str, Any]]] = rows if packed else [rows]
         names = list(parts[0][0])
+        unpadded = packed or "seq_lengths" in names or getattr(self.collator, "padding_free", False)
         unknown = [name for name in names if name not in _FEATURES]
         if any(_holds(row.get(name)) for part in parts for row in part for name in unknown):
             raise ValueError(
@@ -314,7 +316,7 @@ class AnchorCollator:
             names.append("labels")
         mixed = []
         for part in parts:
-            chosen = self._chosen(part, self.anchors if packed else self._joined(part))
+            chosen = self._chosen(part, self.anchors if unpadded else self._joined(part))
             added = [{name: _FEATURES[name](ids) if name in _FEATURES else None for name in names} for ids in chosen]
             mixed.append([*map(dict, part), *added])  # of copies: collators pad a row's lists in place
         try:
@@ -332,13 +334,14 @@ class AnchorCollator:
         return batch
 
     def _joined(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        """The anchors, one after another in rows that are no longer than the longest of ``rows``, but where one is.
+        """The anchors, one after another in rows as long as the longest of ``rows``, or as what is added to them all;
+        none is cut.
 
-        Of a few lengths only, four between a power of two and the next, so that a cached base finds its rows again.
-        With five anchors of 64 tokens beside four documents of 256, a step takes 1.28 of plain training's time,
-        and 2.19 with a row for each.
+        Of a few lengths only, four between a power of two and the next, so that a cached base finds its rows again. A
+        step takes 1.28 of plain training's time with them, and 2.19 with a row for each (docs/cost.md).
         """
-        longest = max(len(row["input_ids"]) for row in rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = max(1, min(max(lengths), int(self._wanted(sum(lengths)))))  # longer ones would be in few batches
         length = longest - longest % (1 << max(longest.bit_length() - 3, 0))
         if length not in self._of_length:
             joined: list[list[int]] = []
@@ -354,7 +357,7 @@ class AnchorCollator:
         tokens = [list(map(int, row["input_ids"])) for row in rows]
         digest = hashlib.sha256(json.dumps([self.seed, tokens]).encode()).hexdigest()
         generator = random.Random(digest)
-        wanted = sum(map(len, tokens)) * self.share / (1 - self.share)
+        wanted = self._wanted(sum(map(len, tokens)))
         chosen: list[list[int]] = []
         while True:
             ids = anchors[generator.randrange(len(anchors))]
@@ -362,6 +365,10 @@ class AnchorCollator:
             if generator.random() * len(ids) >= left:  # a last one with the chance that makes the average right
                 return chosen
             chosen.append(ids)
+
+    def _wanted(self, tokens: int) -> float:
+        """How many tokens of anchors go with so many of the data, on average."""
+        return tokens * self.share / (1 - self.share)
 
     @staticmethod
     def _check(batch: Mapping[str, Any], without: Mapping[str, Any]) -> None:

@@ -159,7 +159,7 @@ class Attachment:
             self._vocabulary = whole_shape(weight)[0]
             self._previous = self.model.forward
             self._own = self.model.__dict__.get("forward")
-            self._probed = from_first_process(lambda: probe(self.model, self._previous, self._tap))
+            self._probed = from_first_process(self.model, lambda: probe(self.model, self._previous, self._tap))
             self._base_tap, self._base_probed = self._probe_base()
             if not self.shifts_labels:
                 warnings.warn(
@@ -172,6 +172,8 @@ class Attachment:
             raise
         # A cache's base passes are not each the same batch's as the adapted pass that follows.
         shareable = self.base.model is self.model and self.cache is None
+        # Where weights come together layer by layer, layers keep the hooks that do it, and are never skipped.
+        shareable &= not (is_sharded(self.model) or loaded_by_first_process())
         self.prefix = find_shared_prefix(self.model, self._probe_hidden) if shareable else None
         self._active = True
         self._warned = False
@@ -265,9 +267,15 @@ class Attachment:
                     pass
             if self.base.kind == "off":
                 inputs = probe_inputs(self.model, self._previous, self._vocabulary)
+                run = functools.partial(self._previous, **inputs)
                 with torch.no_grad(), evaluating(self.model), self.base.context():
-                    from_first_process(lambda: require_pass_through(self.model, lambda: self._previous(**inputs)))
+                    from_first_process(self.model, lambda: require_pass_through(self.model, run))
             return self._tap, self._probed
+        if loaded_by_first_process():
+            raise ValueError(
+                "base= may be loaded on the first process alone (FSDP's cpu_ram_efficient_loading), and nothing gives "
+                "its weights to the others, which would be held to an empty model. Turn cpu_ram_efficient_loading off."
+            )
         tap = HeadTap(self.base.model)
         try:
             own, other = self._vocabulary, whole_shape(tap.head().weight)[0]
@@ -276,7 +284,7 @@ class Attachment:
                     f"the model has {own} tokens and base= has {other}; they must share one "
                     "vocabulary to be compared token by token."
                 )
-            return tap, from_first_process(lambda: probe(self.base.model, self.base.model.forward, tap))
+            return tap, probe(self.base.model, self.base.model.forward, tap)
         except BaseException:
             tap.remove()
             raise
@@ -453,8 +461,8 @@ class Attachment:
         if is_sharded(self.base.model) or loaded_by_first_process():
             raise ValueError(
                 "the cache is filled by whole weights, and this model is sharded (FSDP, ZeRO-3), or loaded on the "
-                "first process alone (FSDP's cpu_ram_efficient_loading). Load it whole on each process, and fill the "
-                "cache before the model is wrapped."
+                "first process alone (FSDP's cpu_ram_efficient_loading). Turn that off, and fill the cache before the "
+                "model is wrapped."
             )
         inputs = {**batch, **self._settings}
         shift = self.shifts_labels

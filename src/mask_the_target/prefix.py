@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from mask_the_target.base import adapter_layers, adapters_off
 from mask_the_target.head import evaluating, text_config
-from mask_the_target.sharding import from_first_process
 
 # What a forward can be asked for that each layer would have to answer for itself.
 _LAYER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -146,14 +145,12 @@ def find_shared_prefix(model: nn.Module, run: Callable[[], Tensor]) -> SharedPre
         if prefix.random or any(getattr(m, "track_running_stats", False) for m in found.early):
             return None
         with torch.no_grad():
-            return prefix if from_first_process(lambda: _proved(model, found, prefix, run)) else None
-
-
-def _proved(model: nn.Module, found: _Found, prefix: SharedPrefix, run: Callable[[], Tensor]) -> bool:
-    try:
-        return _same_in_training(model, found, run) and _same_shared(model, found, prefix, run)
-    except Exception:  # a later layer missed what an earlier one leaves for it; each family has its own error
-        return False
+            try:
+                return (
+                    prefix if _same_in_training(model, found, run) and _same_shared(model, found, prefix, run) else None
+                )
+            except Exception:  # a later layer missed what an earlier one leaves for it; each family has its own error
+                return None
 
 
 def _find(model: nn.Module, run: Callable[[], Tensor]) -> _Found | None:

@@ -37,7 +37,7 @@ def whole_shape(weight: Tensor) -> torch.Size:
 def gathering(model: nn.Module) -> Iterator[None]:
     """A model that ``from_pretrained`` partitioned for ZeRO-3 can run in here before DeepSpeed's engine is made, which
     gathers each module's weights for its own call, and so do we. Nothing is done with any other model."""
-    engine = hasattr(model, "ds_id")  # it numbers the modules
+    engine = hasattr(model, "ds_id")  # DeepSpeed's engine numbers the modules, and gathers
     own = {module: [p for p in module.parameters(recurse=False) if in_zero3(p)] for module in model.modules()}
     with ExitStack() as hooks:
         for module, weights in own.items():
@@ -52,11 +52,13 @@ def _gather_in_calls(module: nn.Module, weights: list[Any], hooks: ExitStack) ->
     gathered: list[Any] = []
 
     def gather(module: nn.Module, args: Any) -> None:
-        gathered.append(deepspeed.zero.GatheredParameters(weights))
-        gathered[-1].__enter__()
+        whole = deepspeed.zero.GatheredParameters(weights)
+        whole.__enter__()
+        gathered.append(whole)
 
     def release(module: nn.Module, args: Any, output: Any) -> None:
-        gathered.pop().__exit__(None, None, None)
+        if gathered:  # also called where gather has failed
+            gathered.pop().__exit__(None, None, None)
 
     hooks.enter_context(module.register_forward_pre_hook(gather))
     hooks.enter_context(module.register_forward_hook(release, always_call=True))
@@ -68,28 +70,31 @@ def in_zero3(weight: Tensor) -> bool:
 
 
 def loaded_by_first_process() -> bool:
-    """Whether the other processes may have nothing of a model until it is wrapped.
+    """Whether the other processes may have nothing of a model until it is wrapped, by FSDP's
+    ``cpu_ram_efficient_loading``; that is what transformers' ``is_fsdp_enabled`` asks for.
 
-    With FSDP's ``cpu_ram_efficient_loading`` transformers 5.16 leaves zeros in their weights, and 5.0 whatever the
-    memory held.
+    With it, 5.16 leaves zeros in their weights, and 5.0 whatever the memory held; 5.24 loads them.
     """
     from transformers.integrations import is_fsdp_enabled
 
     return is_fsdp_enabled()
 
 
-def from_first_process(run: Callable[[], T]) -> T:
+def from_first_process(model: nn.Module, run: Callable[[], T]) -> T:
     """``run()``; where the first process alone has the weights, its answer there, or its error, on each: nothing can be
     proved on the others."""
-    if not loaded_by_first_process():
+    if not loaded_by_first_process() or is_sharded(model):
         return run()
-    found: list[Any] = [None]
+    answer, failure = None, None
     if torch.distributed.get_rank() == 0:
         try:
-            found[0] = run()
+            answer = run()
         except Exception as error:  # of any kind: the others wait for it
-            found[0] = error
+            failure = error
+    found: list[Any] = [answer, None if failure is None else str(failure)]
     torch.distributed.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
+    if failure is not None:
+        raise failure
+    if found[1] is not None:
+        raise ValueError(found[1])
     return found[0]

@@ -227,16 +227,18 @@ class TMKLCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
         if self._attachment is not None and self._budget is not None:
-            self._attachment.context_weight = self._budget.update(self._step_kl(self._attachment.totals))
+            kl = self._step_kl(self._attachment.totals)
+            if kl is not None:
+                self._attachment.context_weight = self._budget.update(kl)
         if self._attachment is not None and self._attachment.on_backward is not None and self._steps == 1:
             # The value of the loss is proved at the first log: make it this step's, before there is much to lose.
             control.should_log = control.should_log or args.logging_strategy != "no"
 
-    def _step_kl(self, totals: Totals) -> float:
-        """The mean KL of the step's context positions, over all ranks. It waits for the device."""
+    def _step_kl(self, totals: Totals) -> float | None:
+        """The mean KL of the step's context positions, over all ranks; None without any. It waits for the device."""
         *_, kl, positions, _, _ = _sum_over_ranks(totals, 0.0)
         before, self._spent = self._spent, (kl, positions)
-        return (kl - before[0]) / max(1.0, positions - before[1])
+        return (kl - before[0]) / (positions - before[1]) if positions > before[1] else None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
