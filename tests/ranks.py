@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conftest import batch, move, toy_llama, with_lora
-from mask_the_target import TMKL, CachedBase, attach
+from mask_the_target import TMKL, Attachment, CachedBase, attach
 from reference import reference_loss
 
 OPTIONS = TMKL(weight=0.5, context_weight=0.3)
@@ -102,6 +102,21 @@ def micro_batches(data: dict[str, Tensor], micro: int, *, packed: bool) -> Itera
         yield rows
 
 
+def fresh(start: nn.Module, *, checkpointing: bool) -> Any:
+    model: Any = copy.deepcopy(start)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
+    return model
+
+
+def denominators(attachment: Attachment, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the whole batch, as a trainer gives them to each rank's forwards."""
+    return {
+        "num_items_in_batch": torch.tensor(int((data["labels"][:, 1:] != -100).sum())),
+        "num_context_in_batch": torch.tensor(attachment.count_context(data)),
+    }
+
+
 def first_step(
     wrap: Callable[[Any], nn.Module],
     start: nn.Module,
@@ -114,9 +129,7 @@ def first_step(
 ) -> tuple[float, list[Tensor]]:
     """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank."""
     ranks = dist.get_world_size()
-    model: Any = copy.deepcopy(start)
-    if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+    model = fresh(start, checkpointing=checkpointing)
     attachment = attach(model, OPTIONS, base=choice)  # before it is wrapped
     if choice == "initial":
         move(model, 0.2)
@@ -125,11 +138,9 @@ def first_step(
         attachment.fill_cache(known)  # the first rank finds its sequences, the others don't
     wrapped = wrap(model)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
-    context = torch.tensor(attachment.count_context(data))
-    total = torch.zeros(())
+    whole_batch, total = denominators(attachment, data), torch.zeros(())
     for rows in micro_batches(data, micro, packed=packed):
-        loss = wrapped(**rows, num_items_in_batch=items, num_context_in_batch=context).loss
+        loss = wrapped(**rows, **whole_batch).loss
         (loss * ranks).backward()  # gradients are averaged over ranks
         total += loss.detach()
     dist.all_reduce(total)

@@ -31,7 +31,7 @@ from transformers import (
 
 from conftest import toy_llama, with_lora
 from mask_the_target import TMKL, CachedBase, TMKLCallback, attach
-from ranks import LEARNING_RATE, OPTIONS, ROWS, compared, global_batch, leave, micro_batches, share
+from ranks import LEARNING_RATE, OPTIONS, ROWS, compared, denominators, fresh, global_batch, leave, micro_batches, share
 
 FIGURES = ("loss", "ce", "kl", "context_kl")
 
@@ -60,9 +60,7 @@ def first_step(
     """Loss over all ranks, and every trainable weight after one step of SGD over `micro` batches a rank.
     ``to_engine``: attached when the model is partitioned, not before."""
     ranks = dist.get_world_size()
-    model: Any = copy.deepcopy(start)
-    if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+    model = fresh(start, checkpointing=checkpointing)
     attachment = None if to_engine else attach(model, OPTIONS, base=choice)
     if isinstance(choice, CachedBase):
         assert attachment is not None
@@ -73,11 +71,9 @@ def first_step(
         model=model, optimizer=torch.optim.SGD(trained, lr=LEARNING_RATE), config=config(stage) | batches
     )
     attachment = attachment or attach(engine, OPTIONS, base=choice)
-    items = torch.tensor(int((data["labels"][:, 1:] != -100).sum()))
-    context = torch.tensor(attachment.count_context(data))
-    total = torch.zeros(())
+    whole_batch, total = denominators(attachment, data), torch.zeros(())
     for rows in micro_batches(data, micro, packed=packed):
-        loss = engine(**rows, num_items_in_batch=items, num_context_in_batch=context).loss
+        loss = engine(**rows, **whole_batch).loss
         engine.backward(loss * ranks * micro)  # gradients are averaged over ranks and micro-batches
         engine.step()
         total += loss.detach()
