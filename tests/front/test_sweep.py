@@ -229,6 +229,24 @@ def test_again_runs_nothing_and_more_seeds_only_the_new_ones(
     assert set(tries(folder).values()) == {1}
 
 
+def test_what_the_base_writes_is_written_once_for_all_trials(model: Path, tmp_path: Path) -> None:
+    """The next trial takes the file that is there, here another than the base would write; results are those of a
+    trial that wrote its own."""
+    methods = {"anchors": {"method": "tmkl", "tmkl_context_weight": 1.0, "anchors": "auto"}}
+    study, both = tmp_path / "study", content(model, methods=methods, seeds=[0, 1])
+    first = sweep.run(read(tmp_path, both | {"seeds": [0]}), study)
+    (shared,) = (study / "anchors").glob("anchors-*.jsonl")
+    own = shared.read_bytes()
+    again = sweep.run(read(tmp_path, both), study)
+    assert [(study / "runs" / result["key"] / shared.name).read_bytes() for result in again] == [own, own]
+    alone = tmp_path / "alone"
+    assert measured(sweep.run(read(tmp_path, both | {"seeds": [1]}), alone)) | measured(first) == measured(again)
+
+    shared.write_bytes(own[: own.index(b"\n") + 1])
+    (third,) = sweep.run(read(tmp_path, both | {"seeds": [2]}), study)[-1:]
+    assert (study / "runs" / third["key"] / shared.name).read_bytes() != own
+
+
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint(
     whole: tuple[Path, list[dict[str, Any]]], model: Path, tmp_path: Path
 ) -> None:

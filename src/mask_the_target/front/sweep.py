@@ -5,6 +5,7 @@ The folder of a study:
     study.db                  Optuna's storage, where no --storage is given
     runs/KEY/                 config.yaml (mtt train's), log.txt, adapter, checkpoints, measured.json (what is done)
     base/                     the base on each recipe
+    anchors/                  what the base wrote, for all trials with `anchors: auto`
     data/                     documents of data sets of text, as they were read
     results/KEY.json          one trial: its settings and a point for each checkpoint and scale
 """
@@ -101,13 +102,28 @@ def _train(trial: Trial, folder: Path, callbacks: Sequence[TrainerCallback], rep
     if over and _at_its_end(trial):  # what is measured then is what the run saves after its last checkpoint
         over = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "complete"
     if not over:
-        config, data = folder / "config.yaml", training_data(trial.recipe, trial.data, folder.parent.parent / "data")
+        output = folder.parent.parent
+        config, data = folder / "config.yaml", training_data(trial.recipe, trial.data, output / "data")
         write_config(config, trial.model, data, trial.seed, trial.options, folder)
         set_seed(trial.seed)  # the adapter is made before the trainer sets it
         resume = ["--resume_from_checkpoint", "last"] if newest else []
+        shared = output / "anchors"
+        _copy_anchors(shared, folder, shared)
         train.run(parse([str(config), *resume]), [Follow(), *callbacks])
+        _copy_anchors(folder, shared, shared)
         gc.collect()  # the trainer and its model are a cycle
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))["seconds"]
+
+
+def _copy_anchors(source: Path, target: Path, shared: Path) -> None:
+    """What the base wrote, from or to where it is shared: it writes the same for every trial, and that can take longer
+    than the trial's training (4 of 9 minutes on Italian, of one core)."""
+    from filelock import FileLock
+
+    with FileLock(f"{shared}.lock"):
+        for file in source.glob("anchors-*.jsonl"):
+            if not (target / file.name).exists():
+                write_whole(target / file.name, file.read_bytes())
 
 
 def _at_its_end(trial: Trial) -> bool:
