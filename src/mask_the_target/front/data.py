@@ -162,6 +162,15 @@ def check_columns(rows: Dataset, text_field: str, name: str) -> None:
                 raise ValueError(f"{name}: row {row} has no {column!r} (rows are counted from 0).")
 
 
+def has_context(rows: Dataset, options: Mapping[str, Any]) -> bool:
+    """Whether TRL leaves tokens of these rows without a target, by their columns and its options: prompts, or all but
+    the assistant's turns. Rows that are tokenised already may; whether they do is counted later."""
+    columns = set(rows.column_names or next(iter(rows)))
+    if columns & {"labels", "completion_mask", "assistant_masks"} or options.get("assistant_only_loss"):
+        return True
+    return "prompt" in columns and options.get("completion_only_loss") is not False
+
+
 @dataclass(frozen=True)
 class Supervision:
     """What the loss will see: documents, those of them without a supervised token, and supervised tokens."""

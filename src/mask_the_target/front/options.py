@@ -22,13 +22,16 @@ from mask_the_target.front.rivals import METHOD_HELP, METHODS, STRENGTH_HELP, ch
 @dataclass
 class TMKLArguments:
     """Our options beside TRL's. `tmkl_*` are the fields of `mask_the_target.TMKL`; where none of them is given, the
-    weights are those of `TMKL.recommended()`."""
+    weights are those of `TMKL.recommended()`, or on data without prompts the base writes anchors (`train.run`)."""
 
     method: str = field(default="tmkl", metadata={"help": METHOD_HELP})
     rival_weight: float | None = field(default=None, metadata={"help": STRENGTH_HELP})
     tmkl_weight: float = field(
         default=1.0,
-        metadata={"help": "Factor of the KL. Without any tmkl_* option, both weights are TMKL.recommended()'s."},
+        metadata={
+            "help": "Factor of the KL. Without any tmkl_* option, both weights are TMKL.recommended()'s; on data "
+            "without prompts, 0 and a context weight of 1 with anchors: auto."
+        },
     )
     tmkl_divergence: Literal["forward", "reverse", "jsd"] = field(
         default="forward", metadata={"help": "forward is KL(base || adapted)."}
@@ -124,7 +127,10 @@ class TMKLArguments:
 
 @dataclass
 class Settings:
-    """One run: TRL's four option objects, ours, and the file they came from (None: command line only)."""
+    """One run: TRL's four option objects, ours, and the file they came from (None: command line only).
+
+    `recommended`: nothing was said of the objective, so it is ours to choose by the data.
+    """
 
     script: Any
     training: Any
@@ -132,6 +138,7 @@ class Settings:
     mixture: Any
     tmkl: TMKLArguments
     config: str | None = None
+    recommended: bool = False
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -171,6 +178,7 @@ def parse(argv: Sequence[str]) -> Settings:
     if tmkl.method == "tmkl" and not any(name.startswith("tmkl_") for name in given):
         recommended = TMKL.recommended()
         tmkl.tmkl_weight, tmkl.tmkl_context_weight = recommended.weight, recommended.context_weight
+        settings.recommended = not given & {"anchors", "max_drift"}
     _check_settings(settings)
     if tmkl.adapter is not None:
         _settle_adapter(settings, tmkl.adapter, given)

@@ -1,8 +1,9 @@
 """`mtt suggest`: a weight and a learning rate for a model and data, from a short pilot. A heuristic, and it says so.
 
-1. The pilot is a small study (see `study`): plain CE, TMKL of a few weights and, where the data has prompts, the full
-   KL at their positions alone, each at a few learning rates, for a few tens of steps with one seed. Measured are the
-   held-out target loss and the rise of the text loss over the base.
+1. The pilot is a small study (see `study`): plain CE, TMKL of a few weights, and the full KL where there is no target,
+   each at a few learning rates, for a few tens of steps with one seed: at the prompts, alone and with a little TMKL
+   (`TMKL.recommended`), or where the data has none, at anchors that the base writes. Measured are the held-out target
+   loss and the rise of the text loss over the base.
 2. A full run loses more than its pilot: the rise is expected to be GROWTH times the pilot's.
 3. Of the settings that are expected to raise the text's perplexity by no more than is tolerated, those count that learn
    at least ENOUGH of what the best of them learns, and of these the one that lost least is suggested. If none is
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mask_the_target import TMKL
 from mask_the_target.files import write_whole
 from mask_the_target.front import fronts
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 GROWTH = 2.0
 ENOUGH = 0.98
 SMALLEST = 1e-3  # nats per token: rises below it are too small to take a ratio of
-CANDIDATES = ("ce", "tmkl", "context")  # methods of a study
+CANDIDATES = ("ce", "tmkl", "context", "both", "anchors")  # methods of a study
+SETTING = ("learning_rate", "tmkl_weight", "tmkl_context_weight", "anchors")
 YOURS = "yours"  # the name of the user's data in the pilot's study
 HELD_OUT = 200  # rows at most that are taken from data without a split of their own
 
@@ -45,7 +48,7 @@ class Outcome:
     """What a setting of a method came to: target loss and rise of the text loss, nats per token, means over seeds."""
 
     method: str
-    setting: dict[str, Any]  # learning_rate, and for TMKL its weights
+    setting: dict[str, Any]  # of SETTING: learning_rate, and for TMKL its weights and anchors
     learned: float
     rise: float
     error: float | None = field(default=None, compare=False)  # standard error of the rise, of one seed
@@ -57,8 +60,9 @@ class Outcome:
     @property
     def name(self) -> str:
         weight, context = self.setting.get("tmkl_weight"), self.setting.get("tmkl_context_weight")
+        where = "anchors that the base writes" if "anchors" in self.setting else "the prompt"
         parts = [] if not weight else [f"TMKL, weight {weight:g}"]
-        parts += [] if not context else [f"full KL on the prompt, weight {context:g}"]
+        parts += [] if not context else [f"full KL on {where}, weight {context:g}"]
         return f"{' and '.join(parts) or 'plain CE'}, learning rate {self.setting['learning_rate']:g}"
 
 
@@ -96,6 +100,8 @@ def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
         setting["tmkl_weight"] = float(options.get("tmkl_weight", 1.0))
         if options.get("tmkl_context_weight"):
             setting["tmkl_context_weight"] = float(options["tmkl_context_weight"])
+        if options.get("anchors", "none") != "none":
+            setting["anchors"] = options["anchors"]
     return setting
 
 
@@ -264,15 +270,7 @@ def make_pilot(
         "recipes": [recipe if data.startswith("recipe:") else YOURS],
         "probes": ["target", "text"],
         "sizes": "quick",
-        "methods": {
-            "ce": {"method": "ce", "grid": {"learning_rate": list(learning_rates)}},
-            "tmkl": {"method": "tmkl", "grid": {"tmkl_weight": list(weights), "learning_rate": list(learning_rates)}},
-            "context": {
-                "method": "tmkl",
-                "tmkl_weight": 0.0,
-                "grid": {"tmkl_context_weight": [1.0], "learning_rate": list(learning_rates)},
-            },
-        },
+        "methods": {},
         "seeds": [0],
         "checkpoints": [1.0],
         "scales": [],
@@ -285,17 +283,41 @@ def make_pilot(
         },
     }
     change(content, changes)
+    prompts = True
     if data.startswith("recipe:"):
         _shorten(content["train"])
     else:
         given = content.setdefault("data", {}).get(YOURS, {})
-        found, prompts = _split_data(data, given.get("dataset_config"))
+        found, prompts = _split_data(data, given.get("dataset_config"), content["train"])
         content["data"][YOURS] = {**found, **given}
-        if not prompts:
-            content["methods"].pop("context", None)
+    content["methods"] = _candidates(weights, learning_rates, prompts)
+    change(content, changes)  # again, of the methods that the data told
     study = check_study(content, Path("the pilot"))
     find_model(study.model)
     return Pilot(study, tolerance)
+
+
+def _candidates(weights: Sequence[float], learning_rates: Sequence[float], prompts: bool) -> dict[str, Any]:
+    """The methods of the pilot's study, for data with prompts or without."""
+    rates, both = {"learning_rate": list(learning_rates)}, TMKL.recommended()
+
+    def context(weight: float, context_weight: float, **more: str) -> dict[str, Any]:
+        return {
+            "method": "tmkl",
+            "tmkl_weight": weight,
+            **more,
+            "grid": {"tmkl_context_weight": [context_weight], **rates},
+        }
+
+    return {
+        "ce": {"method": "ce", "grid": rates},
+        "tmkl": {"method": "tmkl", "grid": {"tmkl_weight": list(weights), **rates}},
+        **(
+            {"context": context(0.0, 1.0), "both": context(both.weight, both.context_weight)}
+            if prompts
+            else {"anchors": context(0.0, 1.0, anchors="auto")}
+        ),
+    }
 
 
 def _shorten(train: Any) -> None:
@@ -313,9 +335,9 @@ def _rows_of(train: Mapping[str, Any]) -> str:
     return f"train[:{math.prod(parts)}]" if all(isinstance(part, int) for part in parts) else "train"
 
 
-def _split_data(name: str, config: str | None) -> tuple[dict[str, Any], bool]:
+def _split_data(name: str, config: str | None, train: Any) -> tuple[dict[str, Any], bool]:
     """A data set as a study has it, with what is held out; and whether its rows have prompts that aren't trained on."""
-    from mask_the_target.front.data import check_columns, load_named, take_split
+    from mask_the_target.front.data import check_columns, has_context, load_named, take_split
 
     found: Any = load_named(name, config, False)
     found = found if isinstance(found, Mapping) else {"train": found}
@@ -325,7 +347,7 @@ def _split_data(name: str, config: str | None) -> tuple[dict[str, Any], bool]:
     spec: dict[str, Any] = {"dataset_name": name, "train": split}
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
         spec["text"] = ["text"]
-    prompts = "prompt" in rows.column_names
+    prompts = has_context(rows, train if isinstance(train, dict) else {})
     own = next((other for other in ("test", "validation") if other in found and other != split), None)
     if own is not None:
         return spec | {"test": own}, prompts
@@ -497,7 +519,7 @@ def describe(suggestion: Mapping[str, Any], pilot: Pilot) -> str:
         f"Pilot of {pilot.study.train['max_steps']} steps, one seed:",
     ]
     for row in suggestion["pilot"]:
-        setting = {key: row[key] for key in ("learning_rate", "tmkl_weight", "tmkl_context_weight") if key in row}
+        setting = {key: row[key] for key in SETTING if key in row}
         outcome = Outcome(row["method"], setting, row["target_loss"], row["text_loss_rise"])
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
         lines.append(f"  {outcome.name}: target loss {outcome.learned:.3f}, text loss {outcome.rise:+.4f}{error}")

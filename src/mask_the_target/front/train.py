@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mask_the_target import attach
+from mask_the_target.anchors import Anchors
 from mask_the_target.files import write_whole
 from mask_the_target.front import rival_losses
 from mask_the_target.front.adapters import (
@@ -32,7 +33,7 @@ from mask_the_target.front.adapters import (
     save_as_lora,
 )
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
-from mask_the_target.front.data import Data, check_labels, load_data
+from mask_the_target.front.data import Data, check_labels, has_context, load_data
 from mask_the_target.front.drift_log import LogDrift
 from mask_the_target.front.options import Settings, parse
 from mask_the_target.front.record import last_figures, model_card, new_record, write_json
@@ -229,7 +230,24 @@ def _find_data_and_model(settings: Settings) -> tuple[Data, str]:
     path, config = find_model(settings.model.model_name_or_path, settings.model.model_revision)
     if "labels" in (data.train.column_names or []) and hasattr(data.train, "__len__"):
         check_labels(data.train, config.get_text_config().vocab_size, data.name)
+    if settings.recommended:
+        _recommend_anchors(settings, data)
     return data, path
+
+
+def _recommend_anchors(settings: Settings, data: Data) -> None:
+    """What the evidence has for data whose every token is a target: TMKL.recommended() has no prompts to hold there."""
+    columns = data.train.column_names or next(iter(data.train))
+    if has_context(data.train, vars(settings.training)) or {"image", "images"} & set(columns):  # anchors are text
+        return
+    tmkl = settings.tmkl
+    tmkl.tmkl_weight, tmkl.tmkl_context_weight, tmkl.anchors = 0.0, 1.0, "auto"
+    print(
+        f"Note: every token of {data.name} is a target, so there are no prompts to hold. The base writes "
+        f"{Anchors().count} short sequences first and is held at these: tmkl_weight 0, tmkl_context_weight 1, "
+        "anchors auto (docs/weight.md). Give any tmkl_ option to choose otherwise.",
+        file=sys.stderr,
+    )
 
 
 def _build_trainer(settings: Settings, data: Data, path: str, callbacks: list[TrainerCallback]) -> Any:
@@ -290,9 +308,14 @@ def fill_cache(settings: Settings) -> str:
     """
     settings.tmkl.method, settings.tmkl.base = "tmkl", "cached"
     data, path = _find_data_and_model(settings)
+    options = settings.tmkl.options()
+    if not options.weight and not has_context(data.train, vars(settings.training)):
+        raise ValueError(
+            f"there is nothing to fill a cache with: every token of {data.name} is a target, and tmkl_weight is 0. "
+            "Training keeps the hidden states of anchors as it comes to them: mtt train --base cached."
+        )
     trainer = _build_trainer(settings, data, path, [])
     loader = trainer.get_train_dataloader()
-    options = settings.tmkl.options()
     with attach(trainer.model, options, base=settings.tmkl.base_choice()) as attachment:
         cache = attachment.cache
         assert cache is not None
