@@ -19,6 +19,7 @@ METHODS = {
     ("budget", "max_drift 0.01,"): "TMKL 0.1, prompt's drift 0.01",
     ("budget", "max_drift 0.02,"): "TMKL 0.1, prompt's drift 0.02",
     ("anchors", "tmkl_context_weight 1,"): "anchors, weight 1",
+    ("anchors_both", "tmkl_context_weight 1,"): "TMKL 0.1, anchors 1",
     ("both", "tmkl_context_weight 1,"): "TMKL 0.3, anchors 1",
     ("both", "tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3",  # rank 64
 }
