@@ -105,9 +105,9 @@ class TMKL:
 
     @classmethod
     def recommended(cls) -> TMKL:
-        """Where to begin, by our evidence (docs/evidence.md), and what `mtt train` takes if it is told no ``tmkl_*``:
-        the prompt's positions held by the full KL, and a tenth of the paper's weight at the targets'. The paper's own
-        setting is ``TMKL()``."""
+        """Where to begin, by our evidence (docs/evidence.md), and what `mtt train` takes on data with prompts if it is
+        told no ``tmkl_*``: the prompt's positions held by the full KL, and a tenth of the paper's weight at the
+        targets'. The paper's own setting is ``TMKL()``."""
         return cls(weight=0.1, context_weight=3.0)
 
     @property

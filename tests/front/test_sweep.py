@@ -244,7 +244,9 @@ def test_what_the_base_writes_is_written_once_for_all_trials(model: Path, tmp_pa
 
     shared.write_bytes(own[: own.index(b"\n") + 1])
     (third,) = sweep.run(read(tmp_path, both | {"seeds": [2]}), study)[-1:]
-    assert (study / "runs" / third["key"] / shared.name).read_bytes() != own
+    assert (study / "runs" / third["key"] / shared.name).read_bytes() == shared.read_bytes() != own
+    (plain,) = sweep.run(read(tmp_path, content(model, methods={"ce": {"method": "ce"}})), study)
+    assert not list((study / "runs" / plain["key"]).glob("anchors*"))  # it has none, and must not look as if
 
 
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint(

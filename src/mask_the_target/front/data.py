@@ -138,9 +138,14 @@ def take_split(found: Any, wanted: str, name: str) -> Dataset:
     return rows
 
 
+def column_names(rows: Dataset) -> list[str]:
+    """Also of a stream, which may not know them before its first row."""
+    return list(rows.column_names or next(iter(rows)))
+
+
 def check_columns(rows: Dataset, text_field: str, name: str) -> None:
     """Refuse rows that TRL could not read: a column is missing, or a row has nothing in it (which row is said)."""
-    columns = list(rows.column_names or next(iter(rows)))  # a stream may not know its columns
+    columns = column_names(rows)
     if "input_ids" in columns:
         return
     if "prompt" in columns or "completion" in columns:
@@ -165,7 +170,7 @@ def check_columns(rows: Dataset, text_field: str, name: str) -> None:
 def has_context(rows: Dataset, options: Mapping[str, Any]) -> bool:
     """Whether TRL leaves tokens of these rows without a target, by their columns and its options: prompts, or all but
     the assistant's turns. Rows that are tokenised already may; whether they do is counted later."""
-    columns = set(rows.column_names or next(iter(rows)))
+    columns = set(column_names(rows))
     if columns & {"labels", "completion_mask", "assistant_masks"} or options.get("assistant_only_loss"):
         return True
     return "prompt" in columns and options.get("completion_only_loss") is not False

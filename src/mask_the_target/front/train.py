@@ -33,7 +33,7 @@ from mask_the_target.front.adapters import (
     save_as_lora,
 )
 from mask_the_target.front.backbones import DEFAULT_MODEL, find_model
-from mask_the_target.front.data import Data, check_labels, has_context, load_data
+from mask_the_target.front.data import Data, check_labels, column_names, has_context, load_data
 from mask_the_target.front.drift_log import LogDrift
 from mask_the_target.front.options import Settings, parse
 from mask_the_target.front.record import last_figures, model_card, new_record, write_json
@@ -237,8 +237,8 @@ def _find_data_and_model(settings: Settings) -> tuple[Data, str]:
 
 def _recommend_anchors(settings: Settings, data: Data) -> None:
     """What the evidence has for data whose every token is a target: TMKL.recommended() has no prompts to hold there."""
-    columns = data.train.column_names or next(iter(data.train))
-    if has_context(data.train, vars(settings.training)) or {"image", "images"} & set(columns):  # anchors are text
+    images = {"image", "images"} & set(column_names(data.train))  # anchors are text
+    if images or has_context(data.train, vars(settings.training)):
         return
     tmkl = settings.tmkl
     tmkl.tmkl_weight, tmkl.tmkl_context_weight, tmkl.anchors = 0.0, 1.0, "auto"
