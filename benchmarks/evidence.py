@@ -7,6 +7,11 @@ import csv
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+from mask_the_target import TMKL
+from mask_the_target.front.results import read_results
+from mask_the_target.front.suggest import Outcome, leave_one_out
 
 # Method, and what its setting begins with where only one of several is meant: how it is called.
 METHODS = {
@@ -50,8 +55,8 @@ def cell(row: Row | None, name: str, form: str) -> str:
 
 
 def tables(study: Path) -> dict[str, str]:
-    """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, and the
-    runs at their end."""
+    """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, each
+    setting's hypervolume less plain CE's, the runs at their end, and `mtt suggest` judged by several sets."""
     points = read(study / "report.csv")
     figures = {
         (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
@@ -62,7 +67,8 @@ def tables(study: Path) -> dict[str, str]:
         own = {row["setting"] for row in points if (row["recipe"], row["method"]) == (recipe, method)}
         if not begins or len(own) == 1:  # the method as a whole, or its only setting
             return figures.get((recipe, kept, method, "")) if any(name.startswith(begins) for name in own) else None
-        return next((figures[recipe, kept, method, name] for name in own if name.startswith(begins)), None)
+        meant = [figures[recipe, kept, method, name] for name in own if name.startswith(begins)]
+        return max(meant, key=lambda row: int(row["seeds"]), default=None)
 
     def rows(name: str, form: str, kept: str, words: str, leave_out: str = "") -> list[list[str]]:
         found = {
@@ -86,8 +92,29 @@ def tables(study: Path) -> dict[str, str]:
         "less plain CE's": by_measure("hypervolume less ce's", "{:+.3f}", "ce"),
         "less full KL's": by_measure("hypervolume less full_kl's", "{:+.3f}", "full_kl"),
         "learned within": table(["", *sets], within),
+        "each setting": table(["", *sets], each_setting(points, figures, sets)),
         "ends": table(["", *sets], ends(points, sets)),
+        **({"left out": left_out(study)} if len(sets) > 1 else {}),
     }
+
+
+def each_setting(points: list[Row], figures: dict[tuple[str, ...], Row], sets: list[str]) -> list[list[str]]:
+    """The hypervolume of each setting's own front less that of plain CE's with all of its settings, at the same seeds
+    (in brackets how many): by text, facts and instructions."""
+    settings: dict[tuple[str, str], set[str]] = {}
+    for row in points:
+        settings.setdefault((row["recipe"], row["method"]), set()).add(row["setting"])
+    rows = []
+    for method, setting in sorted({(row["method"], row["setting"]) for row in points if row["method"] != "ce"}):
+        cells = []
+        for one in sets:
+            own = settings.get((one, method), set())
+            name = "" if own == {setting} else setting  # the figures of an only setting are its method's
+            here = [figures[one, kept, method, name] for kept in MEASURES] if setting in own else []
+            values = ", ".join(cell(row, "hypervolume less ce's", "{:+.3f}").split(" ")[0] for row in here)
+            cells.append(f"{values} ({here[0]['seeds']})" if here else NOTHING)
+        rows.append([f"{method}: {setting}", *cells])
+    return rows
 
 
 def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
@@ -105,6 +132,34 @@ def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
             cells.append(f"{form.format(*means)} ({len(here)})" if here else NOTHING)
         rows.append([f"{method}: {setting}", *cells])
     return rows
+
+
+def left_out(study: Path) -> str:
+    """What `mtt suggest` would have taken in each set, knowing the others: seed 0, halfway as the pilot; candidates as
+    it has them on data with prompts."""
+    recommended = TMKL.recommended()
+    weights = {"tmkl_weight": recommended.weight, "tmkl_context_weight": recommended.context_weight}
+    candidates = [
+        result
+        for result in read_results(study)
+        if result["seed"] == 0
+        and (
+            result["method"] in ("ce", "tmkl", "context")
+            or (result["method"] == "both" and result["setting"] | weights == result["setting"])
+        )
+    ]
+    rows = []
+    for tolerance in (0.01, 0.05):
+        for name, found in leave_one_out(candidates, early=0.5, tolerance=tolerance).items():
+            taken, best = (_called(found[which]) for which in ("suggested", "best"))
+            behind, over = f"{found['behind']:+.1%}", f"{found['over']:.3f}"
+            best = "the same" if taken == best else best
+            rows.append([f"{name}, {tolerance:.0%}", f"{found['growth']:.2f}", taken, behind, over, best])
+    return table(["", "growth", "suggested", "learning behind the best", "nats over the tolerance", "best"], rows)
+
+
+def _called(setting: dict[str, Any]) -> str:
+    return Outcome(setting["method"], setting["setting"], learned=setting["share"], rise=setting["rise"]).name
 
 
 def main(argv: list[str]) -> None:

@@ -188,9 +188,9 @@ class Recipe:
 
     @property
     def figures_by_setting(self) -> dict[tuple[str, str], Any]:
-        """{(method, setting): figures} of the methods with several, but plain CE's and full KL's: the yardsticks."""
+        """{(method, setting): figures} of the methods with several, but plain CE's: the yardstick, with all of them."""
         whole = [PLAIN] + ([self.full_kl] if self.full_kl is not None else [])
-        groups = {group: own for group, own in self.groups().items() if group[0] not in whole}
+        groups = {group: own for group, own in self.groups().items() if group[0] != PLAIN}
         several = {method for method, _ in groups if sum(other == method for other, _ in groups) > 1}
         names = {json.dumps(group): group for group in groups if group[0] in several}
         apart = [{**result, "method": name} for name, group in names.items() for result in groups[group]]
