@@ -253,15 +253,21 @@ def test_figures_csv_is_compare_by_each_measure(whole: tuple[Path, list[dict[str
                         each["high"],
                     ]
     assert {kept for _, kept, _ in rows} >= set(measures)
-    settings = {row["setting"]: row for row in every if (row["recipe"], row["kept"]) == ("arpabet", "text")}
-    assert {"", "learning_rate 0.0005, tmkl_weight 3", "learning_rate 0.001, tmkl_weight 0.3"} < set(settings)
+    settings = {
+        (row["method"], row["setting"]): row
+        for row in every
+        if row["setting"] and (row["recipe"], row["kept"]) == ("arpabet", "text")
+    }
+    assert {("tmkl", "learning_rate 0.0005, tmkl_weight 3"), ("tmkl", "learning_rate 0.001, tmkl_weight 0.3")} < set(
+        settings
+    )
+    assert {method for method, _ in settings} == {"tmkl", "full_kl"}
     here = [result for result in results if result["recipe"] == "arpabet"]
-    for name, row in settings.items():
+    for (method, name), row in settings.items():
         own = [r for r in here if ", ".join(f"{key} {value:g}" for key, value in r["setting"].items()) == name]
-        if own:
-            alone = [r for r in own if r["method"] == "tmkl"] + [r for r in here if r["method"] == "ce"]
-            mean = compare(alone)["arpabet"]["methods"]["tmkl"]["hypervolume"]["mean"]
-            assert (float(row["hypervolume"]) if row["hypervolume"] else None) == mean, name
+        alone = [r for r in own if r["method"] == method] + [r for r in here if r["method"] == "ce"]
+        mean = compare(alone)["arpabet"]["methods"][method]["hypervolume"]["mean"]
+        assert (float(row["hypervolume"]) if row["hypervolume"] else None) == mean, name
 
 
 def test_csv_is_every_point_of_the_files(whole: tuple[Path, list[dict[str, Any]]]) -> None:
