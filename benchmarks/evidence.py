@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ def tables(study: Path) -> dict[str, str]:
     sets = list(dict.fromkeys(recipe for recipe, *_ in figures))
 
     def find(recipe: str, kept: str, method: str, begins: str) -> Row | None:
+        """That setting, or of those that begin so the one with most seeds."""
         own = {row["setting"] for row in points if (row["recipe"], row["method"]) == (recipe, method)}
+        names = [begins] if begins in own else [name for name in own if name.startswith(begins)]
         if not begins or len(own) == 1:  # the method as a whole, or its only setting
-            return figures.get((recipe, kept, method, "")) if any(name.startswith(begins) for name in own) else None
-        meant = [figures[recipe, kept, method, name] for name in own if name.startswith(begins)]
+            return figures.get((recipe, kept, method, "")) if names else None
+        meant = [figures[recipe, kept, method, name] for name in names]
         return max(meant, key=lambda row: int(row["seeds"]), default=None)
 
     def rows(name: str, form: str, kept: str, words: str, leave_out: str = "") -> list[list[str]]:
@@ -92,27 +95,24 @@ def tables(study: Path) -> dict[str, str]:
         "less plain CE's": by_measure("hypervolume less ce's", "{:+.3f}", "ce"),
         "less full KL's": by_measure("hypervolume less full_kl's", "{:+.3f}", "full_kl"),
         "learned within": table(["", *sets], within),
-        "each setting": table(["", *sets], each_setting(points, figures, sets)),
+        "each setting": table(["", *sets], each_setting(points, sets, find)),
         "ends": table(["", *sets], ends(points, sets)),
         **({"left out": left_out(study)} if len(sets) > 1 else {}),
     }
 
 
-def each_setting(points: list[Row], figures: dict[tuple[str, ...], Row], sets: list[str]) -> list[list[str]]:
+def each_setting(
+    points: list[Row], sets: list[str], find: Callable[[str, str, str, str], Row | None]
+) -> list[list[str]]:
     """The hypervolume of each setting's own front less that of plain CE's with all of its settings, at the same seeds
     (in brackets how many): by text, facts and instructions."""
-    settings: dict[tuple[str, str], set[str]] = {}
-    for row in points:
-        settings.setdefault((row["recipe"], row["method"]), set()).add(row["setting"])
     rows = []
     for method, setting in sorted({(row["method"], row["setting"]) for row in points if row["method"] != "ce"}):
         cells = []
         for one in sets:
-            own = settings.get((one, method), set())
-            name = "" if own == {setting} else setting  # the figures of an only setting are its method's
-            here = [figures[one, kept, method, name] for kept in MEASURES] if setting in own else []
-            values = ", ".join(cell(row, "hypervolume less ce's", "{:+.3f}").split(" ")[0] for row in here)
-            cells.append(f"{values} ({here[0]['seeds']})" if here else NOTHING)
+            here = [row for kept in MEASURES if (row := find(one, kept, method, setting)) is not None]
+            means = ", ".join(format(float(row["hypervolume less ce's"]), "+.3f") for row in here)
+            cells.append(f"{means} ({here[0]['seeds']})" if here else NOTHING)
         rows.append([f"{method}: {setting}", *cells])
     return rows
 
