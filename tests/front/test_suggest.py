@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ CHOICES = [
     ([(0.3, 1, 2.0, 0.006), (1.0, 1, 3.0, 0.004)], 1),
     # A text loss that fell is not expected to fall further, and is within.
     ([(0.3, 1, 2.0, -0.5), (1.0, 1, 3.0, -0.1)], 0),
-    # None within: the one that lost least.
+    # None within: the one that lost least, of which no standard error is known.
     ([(None, 1, 1.0, 0.5), (0.3, 1, 2.0, 0.3), (1.0, 2, 3.0, 0.2)], 2),
     # Nothing was learned (the base's loss is 5): still the least bad within.
     ([(0.3, 1, 6.0, 0.0), (1.0, 1, 8.0, 0.0)], 0),
@@ -80,6 +81,19 @@ CHOICES = [
 def test_the_choice(found: list[tuple[Any, ...]], place: int) -> None:
     candidates = [outcome(*values) for values in found]
     assert choose(candidates, base_loss=5.0, tolerance=0.01) is candidates[place]
+
+
+def test_where_none_is_within_the_least_lost_that_can_be_told_learns_most() -> None:
+    """Rises within the least one's standard error of it are taken as equal to it, and learning decides."""
+    found = [
+        replace(outcome(1.0, 1, 3.0, 0.020), error=0.007),
+        replace(outcome(0.1, 1, 2.01, 0.025), error=0.007),  # learned 2.99 of 3: as much as the next, and lost less
+        replace(outcome(0.3, 1, 2.0, 0.026), error=0.007),
+        replace(outcome(None, 1, 1.0, 0.028), error=0.020),  # 0.001 too much, whatever its own error
+    ]
+    assert choose(found, base_loss=5.0, tolerance=0.01) is found[1]
+    exact = [replace(one, error=None) for one in found]
+    assert choose(exact, base_loss=5.0, tolerance=0.01) is exact[0]
 
 
 def test_no_outcome_is_said() -> None:
@@ -106,6 +120,8 @@ def test_the_standard_error_is_that_of_a_mean_of_texts() -> None:
     one["points"][1]["probes"] = {"text:a": {"stderr": 0.03}, "text:b": {"stderr": 0.04}, "target": {"stderr": 9.0}}
     assert outcomes([one])[0].error == pytest.approx(0.025)  # sqrt(.03^2 + .04^2) / 2
     assert outcomes([one, one])[0].error is None
+    one["points"][1]["probes"]["text:b"]["stderr"] = math.nan  # of a single window
+    assert outcomes([one])[0].error is None
 
 
 # ------------------------------------------------------------------------------------------------------ validation

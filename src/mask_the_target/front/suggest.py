@@ -7,7 +7,8 @@
 2. A full run loses more than its pilot: the rise is expected to be GROWTH times the pilot's.
 3. Of the settings that are expected to raise the text's perplexity by no more than is tolerated, those count that learn
    at least ENOUGH of what the best of them learns, and of these the one that lost least is suggested. If none is
-   expected to stay within the tolerance, it is the one that lost least of all.
+   expected to stay within the tolerance, the same is asked of the one that lost least and of those that have lost no
+   more than its standard error above it, which can't be told from it.
 
 `leave_one_out` says from whole studies how far such a choice is from the best.
 """
@@ -108,7 +109,7 @@ def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
 def _error(point: Mapping[str, Any]) -> float | None:
     """Of the mean over the texts, which are measured apart."""
     errors = [probe.get("stderr") for name, probe in point.get("probes", {}).items() if name.startswith("text:")]
-    if not errors or None in errors:
+    if not errors or any(error is None or math.isnan(error) for error in errors):
         return None
     return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
@@ -122,7 +123,8 @@ def choose(found: Sequence[Outcome], base_loss: float, tolerance: float, growth:
         raise ValueError("no run of the pilot was measured: all of them failed. Try lower learning rates.")
     within = [outcome for outcome in found if outcome.expected(growth) <= math.log1p(tolerance)]
     if not within:
-        return min(found, key=lambda outcome: outcome.rise)
+        least_lost = min(found, key=lambda outcome: outcome.rise)
+        within = [outcome for outcome in found if outcome.rise <= least_lost.rise + (least_lost.error or 0.0)]
     most = max(base_loss - outcome.learned for outcome in within)
     least = most - (1 - ENOUGH) * abs(most)
     return min((o for o in within if base_loss - o.learned >= least), key=lambda outcome: outcome.rise)
@@ -432,7 +434,10 @@ def _doubts(chosen: Outcome, found: Sequence[Outcome], pilot: Pilot) -> list[str
     """Reasons why another setting may be better, or the run lose more than is expected."""
     doubts = []
     if chosen.expected(GROWTH) > math.log1p(pilot.tolerance):
-        doubts.append("No setting is expected to keep within the tolerance; this one lost least.")
+        doubts.append(
+            "No setting is expected to keep within the tolerance; this one is of those that lost least, as far as the "
+            "texts can tell."
+        )
     rates = [outcome.setting["learning_rate"] for outcome in found]
     weights = [outcome.setting.get("tmkl_weight", 0.0) for outcome in found]
     rate, weight = chosen.setting["learning_rate"], chosen.setting.get("tmkl_weight", 0.0)
