@@ -66,11 +66,10 @@ def tables(study: Path) -> dict[str, str]:
 
     def find(recipe: str, kept: str, method: str, begins: str) -> Row | None:
         """That setting, or of those that begin so the one with most seeds."""
-        own = {row["setting"] for row in points if (row["recipe"], row["method"]) == (recipe, method)}
-        names = [begins] if begins in own else [name for name in own if name.startswith(begins)]
-        if not begins or len(own) == 1:  # the method as a whole, or its only setting
-            return figures.get((recipe, kept, method, "")) if names else None
-        meant = [figures[recipe, kept, method, name] for name in names]
+        if (exact := figures.get((recipe, kept, method, begins))) is not None:  # "": the method as a whole
+            return exact
+        whose = (recipe, kept, method)
+        meant = [row for (*own, setting), row in figures.items() if tuple(own) == whose and setting.startswith(begins)]
         return max(meant, key=lambda row: int(row["seeds"]), default=None)
 
     def rows(name: str, form: str, kept: str, words: str, leave_out: str = "") -> list[list[str]]:

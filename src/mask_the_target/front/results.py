@@ -188,11 +188,10 @@ class Recipe:
 
     @property
     def figures_by_setting(self) -> dict[tuple[str, str], Any]:
-        """{(method, setting): figures} of the methods with several, but plain CE's: the yardstick, with all of them."""
+        """{(method, setting): figures}, but of plain CE: the yardstick, with all of its settings."""
         whole = [PLAIN] + ([self.full_kl] if self.full_kl is not None else [])
         groups = {group: own for group, own in self.groups().items() if group[0] != PLAIN}
-        several = {method for method, _ in groups if sum(other == method for other, _ in groups) > 1}
-        names = {json.dumps(group): group for group in groups if group[0] in several}
+        names = {json.dumps(group): group for group in groups}
         apart = [{**result, "method": name} for name, group in names.items() for result in groups[group]]
         measured = [result for method in whole for result in self.of(method)]
         found = compare([*measured, *apart], PLAIN, whole)[self.name]["methods"]
@@ -272,7 +271,7 @@ def to_csv(recipes: Sequence[Recipe]) -> str:
 def figures_csv(recipes: Sequence[Recipe]) -> str:
     """`fronts.compare` by each measure of what was kept: mean, interval and number of seeds.
 
-    One row for each method, and where it has several settings, one for each of them alone.
+    One row for each method as a whole, without a setting; then one for each setting alone, but plain CE's.
     """
     rows = []
     for recipe in recipes:
