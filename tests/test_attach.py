@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import trl.trainer.utils
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, DynamicCache
 
 from conftest import batch, move, toy_llama, with_lora
 from mask_the_target import TMKL, attach, detach
@@ -440,3 +440,15 @@ def test_refusals() -> None:
         attach(nn.DataParallel(model))
     with pytest.raises(ValueError, match="LlamaModel has no head"):
         attach(with_lora(toy_llama().model, task_type=None))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_keys_and_values_of_earlier_tokens_are_refused_in_training(name: str) -> None:
+    """The base's pass would read the adapted model's, and add its own to them."""
+    model, _ = _pair()
+    data = batch()
+    with attach(model):
+        inner = unwrap(model)[0]
+        inner(**data, past_key_values=None)
+        with pytest.raises(ValueError, match=f"was given {name}, the adapted model's keys and values"):
+            inner(**data, **{name: DynamicCache(config=inner.config)})

@@ -1,16 +1,18 @@
 """The toggle, the choice of the base, and each sentence of the audit."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from conftest import TARGETS, batch, move, toy_llama, with_lora
 from mask_the_target import attach
 from mask_the_target.attach import unwrap
-from mask_the_target.base import adapters_off, resolve_base
+from mask_the_target.base import adapter_parameters, adapters_off, resolve_base
 from mask_the_target.head import evaluating
 
 
@@ -119,6 +121,37 @@ def _trained_pissa() -> nn.Module:
     return model
 
 
+def _barely_trained(init: str) -> nn.Module:
+    model = with_lora(toy_llama(), init_lora_weights=init)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layers.1" in name and "lora_B" in name:  # not the first layer
+                p += (
+                    0.02
+                    * p.norm()
+                    / p.numel() ** 0.5
+                    * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+                )
+    return model
+
+
+def _saved_start(init: str, dtype: torch.dtype) -> nn.Module:
+    """As PEFT's recipe for PiSSA leaves it: what is left of the base, and the start beside it as an ordinary LoRA."""
+    model = with_lora(toy_llama(), init_lora_weights=init)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(dtype).float()
+    model.peft_config["default"].init_lora_weights = True
+    return model
+
+
+def _pissa_beside_trained() -> nn.Module:
+    model = with_lora(toy_llama(), moved=0.3)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
 def _loftq() -> nn.Module:
     model = with_lora(toy_llama())
     model.peft_config["default"].init_lora_weights = "loftq"  # the initialisation itself needs a GPU's quantiser
@@ -140,6 +173,13 @@ def _loftq() -> nn.Module:
         (lambda: with_lora(toy_llama(), init_lora_weights="pissa"), "off", "initialised by 'pissa', which subtracted"),
         (lambda: with_lora(toy_llama(), init_lora_weights="olora"), "off", "Use base='initial' (or 'auto')"),
         (_trained_pissa, "auto", "'pissa' but has been trained since"),
+        (lambda: _barely_trained("pissa"), "auto", "'pissa' but has been trained since"),
+        (lambda: _barely_trained("pissa_niter_4"), "auto", "'pissa_niter_4' but has been trained since"),
+        (lambda: _barely_trained("olora"), "auto", "'olora' but has been trained since"),
+        (lambda: _saved_start("pissa", torch.float32), "auto", "its weights are how 'pissa' or its like begin"),
+        (lambda: _saved_start("pissa", torch.bfloat16), "auto", "its weights are how 'pissa' or its like begin"),
+        (lambda: _saved_start("olora", torch.float16), "auto", "its weights are how 'olora' or its like begin"),
+        (_pissa_beside_trained, "auto", "'default' is active and trained beside 'second', which was subtracted"),
         (_loftq, "auto", "initialised by LoftQ, which replaced the base weights"),
         (lambda: with_lora(toy_llama()), "adapter_off", "base='adapter_off' is unknown"),
     ],
@@ -216,7 +256,10 @@ def _add(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_add, "added, switched or replaced"), (lambda model: model.merge_adapter(), "merged into the base weights")],
+    [
+        (_add, "added, switched, scaled or replaced"),
+        (lambda model: model.merge_adapter(), "merged into the base weights"),
+    ],
 )
 def test_adapters_that_change_under_the_initial_base_are_noticed(change: object, message: str) -> None:
     model = with_lora(toy_llama(), init_lora_weights="pissa")
@@ -224,3 +267,99 @@ def test_adapters_that_change_under_the_initial_base_are_noticed(change: object,
         change(model)
         with pytest.raises((RuntimeError, ValueError), match=message):
             model(**batch())
+
+
+def _scale(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", 0.5)
+
+
+def test_the_initial_base_notices_another_scaling() -> None:
+    model = with_lora(toy_llama(), init_lora_weights="pissa")
+    with attach(model):
+        _scale(model)
+        with pytest.raises(RuntimeError, match="added, switched, scaled or replaced"):
+            model(**batch())
+
+
+def test_an_adapter_that_came_after_the_base_was_settled_is_noticed() -> None:
+    """It may have rewritten the base's weights, as PiSSA does; one that was there may be made active at any time."""
+    model = with_lora(toy_llama())
+    model.add_adapter("there", LoraConfig(r=4, target_modules=TARGETS))
+    with attach(model):
+        model.set_adapter("there")
+        model(**batch())
+        model.add_adapter("late", LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"))
+        model.set_adapter("late")
+        with pytest.raises(RuntimeError, match="adapter 'late' was added since the base was settled"):
+            model(**batch())
+
+
+def _on_backbone(model: nn.Module, config: LoraConfig) -> None:
+    model.model = get_peft_model(model.model, config)
+
+
+def _injected(model: nn.Module, config: LoraConfig) -> None:
+    inject_adapter_in_model(config, model.model)
+
+
+@pytest.mark.parametrize("put", [_on_backbone, _injected])
+def test_an_adapter_on_a_part_of_the_model_is_audited_too(put: Callable[[nn.Module, LoraConfig], None]) -> None:
+    model = toy_llama()
+    original = copy.deepcopy(model)
+    put(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    base = _resolve(model)
+    assert base.kind == "initial"
+    move(model, 0.3)
+    with base.context():
+        assert torch.allclose(_logits(model), _logits(original), atol=1e-5)
+
+
+def test_configs_of_the_same_name_on_several_parts_are_all_found() -> None:
+    model = toy_llama()
+    for layer, init in ((0, True), (1, "pissa")):
+        inject_adapter_in_model(
+            LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init), model.model.layers[layer]
+        )
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    assert sorted(unwrap(model)[1]) == ["model.layers.0.default", "model.layers.1.default"]
+    assert _resolve(model).kind == "initial"
+
+
+def test_adapter_layers_without_any_config_are_taken_with_a_warning() -> None:
+    model = toy_llama()
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=TARGETS), model)
+    del model.peft_config
+    with pytest.warns(UserWarning, match="no PEFT config, so that nothing proves"):
+        assert _resolve(model).kind == "off"
+
+
+def test_weights_that_are_thawed_under_training_are_noticed() -> None:
+    model = with_lora(toy_llama())
+    with attach(model):
+        model(**batch())
+        lora = next(p for n, p in model.named_parameters() if "lora_A" in n)
+        lora.requires_grad_(False)
+        model(**batch())
+        lora.requires_grad_(True)
+        model.base_model.model.model.norm.weight.requires_grad_()
+        with pytest.raises(RuntimeError, match=r"1 weights outside the adapter .* trainable now \(model.norm.weight\)"):
+            model(**batch())
+    with attach(model, base=toy_llama()):  # which is not the model that moves
+        model(**batch())
+        model.base_model.model.model.layers[0].input_layernorm.weight.requires_grad_()
+        model(**batch())
+
+
+def test_the_embeddings_under_trained_tokens_are_the_bases() -> None:
+    model = with_lora(toy_llama(), trainable_token_indices=[3, 4])
+    inner = unwrap(model)[0]
+    expected = {id(p) for p in inner.parameters() if p.requires_grad}
+    assert {id(p) for p in adapter_parameters(inner)} == expected
+    inner.get_input_embeddings().token_adapter.base_layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="1 weights outside the adapter are trainable"):
+        attach(model)

@@ -1,5 +1,6 @@
 """Training with the base's hidden states from disk: the same losses, and no base pass once they are there."""
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -244,3 +245,36 @@ def test_filling_it_beforehand(tmp_path: Path) -> None:
     assert len(passes) == before
     with attach(model) as attachment, pytest.raises(ValueError, match="attached without a cache"):
         attachment.fill_cache(padded(rows))
+
+
+LONGEST = 8
+ROTARY = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": LONGEST,
+        "short_factor": [1.0] * 2,
+        "long_factor": [8.0] * 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rows_whose_rotary_embedding_follows_their_company_run_uncached(kind: str, tmp_path: Path) -> None:
+    """A short row is met beside a long one, by which its hidden states change, then with short ones only."""
+    longest = LONGEST if kind == "dynamic" else 4 * LONGEST
+    make = functools.partial(toy_llama, rope_parameters=ROTARY[kind], max_position_embeddings=longest)
+    epochs = ([[0, 5], [1, 2]], [[0, 1], [2, 5]], [[0, 2], [1, 5]])
+    expected_model, model = with_lora(make()), with_lora(make())
+    with attach(expected_model):
+        expected = train(expected_model, padded, epochs)
+    with attach(model, base=CachedBase(folder=tmp_path)), base_passes(model) as passes:
+        with pytest.warns(UserWarning, match="batches with positions beyond 8 run uncached") as caught:
+            losses = train(model, padded, epochs)
+        before = len(passes)
+        train(model, padded, [[[0, 1], [2]]])
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert sum("run uncached" in str(warning.message) for warning in caught) == 1
+    assert len(passes) == before  # the short ones are found

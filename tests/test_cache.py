@@ -25,6 +25,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import mask_the_target
 from conftest import toy_llama, with_lora
+from mask_the_target.base import adapter_tensors
 from mask_the_target.cache import GIB, SHARD_BYTES, CachedBase, HiddenStates, fingerprint, spans
 
 D = 8
@@ -65,7 +66,7 @@ def test_folder_is_the_users_own_then_the_environments(monkeypatch: pytest.Monke
 def base_name(model: torch.nn.Module, **extra: str) -> str:
     """Of the model with its adapter off: what the adapter trains is left out."""
     inner = model.base_model.model if hasattr(model, "peft_config") else model
-    without = {id(p) for p in inner.parameters() if p.requires_grad} if inner is not model else frozenset()
+    without = {id(tensor) for tensor in adapter_tensors(inner)}
     return fingerprint(inner, without=without, **extra)[0]
 
 
@@ -105,8 +106,9 @@ def test_fingerprint_tells_models_apart_by_what_changes_their_hidden_states() ->
 
     same = toy_llama()
     same.config.use_cache, same.config._name_or_path = False, "elsewhere"
-    same.register_buffer("derived", torch.ones(3), persistent=False)
     assert fingerprint(same.eval(), autocast="none")[0] == name
+    same.model.rotary_emb.inv_freq /= 4  # in no state_dict, and patched by hand all the same
+    assert fingerprint(same, autocast="none")[0] != name
 
 
 def test_fingerprint_of_tied_bfloat16_weights() -> None:

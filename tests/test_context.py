@@ -279,3 +279,11 @@ def test_a_denominator_that_is_missing_is_asked_for() -> None:
         assert attachment_of(inner).count_context(batch()) == count_context(model, batch())
     with pytest.raises(ValueError, match="TMKL is not attached to this model"):
         count_context(model, batch())
+
+
+def test_a_weight_that_is_set_where_there_was_none_is_refused() -> None:
+    model = with_lora(toy_llama(), moved=0.1)
+    with attach(model) as attachment:
+        attachment.context_weight = 2.0
+        with pytest.raises(RuntimeError, match=r"context_weight was set to 2.0, and the model was attached without"):
+            model(**batch())

@@ -11,6 +11,7 @@ import functools
 import inspect
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask_the_target.base import Base, BaseChoice, require_pass_through, resolve_base
+from mask_the_target.base import Base, BaseChoice, adapter_parameters, require_pass_through, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
 from mask_the_target.context import context_mask, placeholders_of, sample
@@ -127,7 +128,7 @@ class Attachment:
         last: the last training forward's numbers, or None before the first.
         full_kl: also measure the full-vocabulary KL at each step (a little more time, no more memory).
         cache: answers base passes from disk, or None.
-        context_weight: of the options; may be set to another between steps.
+        context_weight: of the options; may be set to another between steps, where theirs is above 0.
         prefix: the layers before the first adapter, which run once for both passes; None where there are none.
         totals: sums over training forwards; replace it by ``Totals()`` to start anew.
     """
@@ -176,6 +177,10 @@ class Attachment:
         shareable &= not (is_sharded(self.model) or loaded_by_first_process())
         self.prefix = find_shared_prefix(self.model, self._probe_hidden) if shareable else None
         self._active = True
+        # Weakly, since a wrapper that shards the model replaces them, and would not be rid of the whole ones.
+        own = {id(p) for p in adapter_parameters(self.model)}
+        frozen = [p for p in self.model.parameters() if not p.requires_grad and id(p) not in own]
+        self._frozen = [weakref.ref(p) for p in frozen] if self.base.model is self.model else []
         self._warned = False
         self._running = False
         self.context_weight: float = self.options.context_weight
@@ -337,7 +342,33 @@ class Attachment:
             self._warned = True
             warnings.warn(message, stacklevel=2)
 
+    def _check_step(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse what changed since attaching, or is given now, and would put another model in the base's place."""
+        for name in ("past_key_values", "cache"):
+            if not isinstance(kwargs.get(name), (bool, type(None))):
+                raise ValueError(
+                    f"a training forward was given {name}, the adapted model's keys and values of earlier tokens, "
+                    "which the base's pass would read and add to. Train on whole sequences."
+                )
+        if self.context_weight and not self.options.context_weight:
+            raise RuntimeError(
+                f"context_weight was set to {self.context_weight}, and the model was attached without any: attach "
+                "with TMKL(context_weight=...) above 0, and change it from there."
+            )
+        if torch.compiler.is_compiling():
+            return
+        # 272 weights of SmolLM2 take 0.02 ms.
+        thawed = {id(p) for reference in self._frozen if (p := reference()) is not None and p.requires_grad}
+        if thawed:
+            names = [name for name, p in self.model.named_parameters() if id(p) in thawed]
+            raise RuntimeError(
+                f"{len(thawed)} weights outside the adapter were frozen when TMKL was attached and are trainable now "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): once they move, the base moves with "
+                "them. Keep them frozen, or pass a separate frozen model as base=."
+            )
+
     def _train(self, kwargs: dict[str, Any]) -> Any:
+        self._check_step(kwargs)
         shifted = kwargs.get("shift_labels") is not None
         fused = trl.take_loss_arguments(kwargs, self._names)
         # Who asks for TRL's fused results shifts the labels itself, whatever the model's own loss does.
@@ -648,14 +679,26 @@ def attachment_of(inner: nn.Module) -> Attachment | None:
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The inner causal LM under every wrapper, and PEFT's adapter configs by name.
+    """The inner causal LM under every wrapper, and PEFT's adapter configs by name, also those of adapters that were
+    put on a part of it (a backbone): these by its path and their name.
 
     Raises:
         ValueError: for ``nn.DataParallel``, whose replicas would all run the original's weights.
     """
+    configs: dict[str, Any] = {}
+    inner = _inner(model, configs)
+    for path, module in inner.named_modules():
+        own = module.__dict__.get("peft_config")
+        for name, config in own.items() if isinstance(own, dict) else ():
+            if all(config is not other for other in configs.values()):
+                configs[f"{path}.{name}" if path else name] = config
+    return inner, configs
+
+
+def _inner(model: nn.Module, configs: dict[str, Any]) -> nn.Module:
+    """The inner causal LM; the configs of PEFT's wrappers around it are put into ``configs``."""
     from peft import PeftMixedModel, PeftModel
 
-    configs: dict[str, Any] = {}
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError(
@@ -670,11 +713,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
             model = model.module  # type: ignore[assignment]  # DDP, FSDP1, DeepSpeed
         else:
-            break
-    own = getattr(model, "peft_config", None)  # transformers' native adapters
-    if isinstance(own, dict):
-        configs.update(own)
-    return model, configs
+            return model
 
 
 def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -687,7 +726,7 @@ def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
     Raises:
         ValueError: if nothing is attached, or the positions can't be told (see :class:`~mask_the_target.TMKL`).
     """
-    attachment = attachment_of(unwrap(model)[0])
+    attachment = attachment_of(_inner(model, {}))
     if attachment is None:
         raise ValueError("TMKL is not attached to this model.")
     return attachment.count_context(batch)

@@ -7,6 +7,7 @@ anchored to such a "base" pulls towards the wrong model without a word, so each 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -56,17 +57,29 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module, *, audited: frozenset[str] | None = None) -> Iterator[None]:
     """Every adapter layer of ``model`` passes through to the base; each layer's own flag is restored afterwards.
 
     Only the flag is touched. PEFT's ``disable_adapter`` also sets ``requires_grad`` of every adapter weight, which
     thaws weights that were frozen on purpose, and unmerges.
 
+    Args:
+        model: the model.
+        audited: names of the adapters that are known to leave the base as it is; None: not asked.
+
     Raises:
         ValueError: if no adapter layer is found, or one is merged into the base weights.
+        RuntimeError: if an adapter is active that was not audited.
     """
     layers = adapter_layers(model)
     _require_adapter(model, layers)
+    active = {name for layer in layers for name in layer.active_adapters}
+    if audited is not None and not active <= audited:
+        raise RuntimeError(
+            f"adapter {min(active - audited)!r} was added since the base was settled, and it may have rewritten the "
+            "base's weights. Add it before TMKL is attached (before the trainer is built, with TMKLCallback); or "
+            "detach, and attach again."
+        )
     flags = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -92,6 +105,7 @@ def resolve_base(
     Raises:
         ValueError: for each way in which the base would not be the true one; the message names the remedy.
     """
+    unproved = configs is not None and not configs
     configs = configs or {}
     if not isinstance(base, nn.Module) and base not in ("auto", "off", "initial"):
         raise ValueError(
@@ -147,12 +161,24 @@ def resolve_base(
         )
     if base == "initial" or (base == "auto" and subtracting):
         for name in subtracting:
-            _require_active(name, _init(configs[name]), layers)
-            _require_untrained(name, _init(configs[name]), layers)
+            _require_active(name, _init(configs[name]), model)
+            _require_untrained(name, _init(configs[name]), model)
+        if base == "auto":
+            for name in [name for name in configs if name not in subtracting]:
+                _require_identity(name, subtracting[0], model)
         return Base("initial", model, _initial_adapters(model))
+    if unproved:
+        warnings.warn(
+            "the model has adapter layers and no PEFT config, so that nothing proves that it is the base with them "
+            "turned off. If they rewrite base weights, pass a separately loaded model as base=.",
+            stacklevel=2,
+        )
     for name, config in configs.items():
+        if base == "auto":
+            _require_no_hidden_start(name, config, model)
         _prove_off(name, config, layers)
-    return Base("off", model, lambda: adapters_off(model))
+    audited = _names(layers).union(*(layer.active_adapters for layer in layers))
+    return Base("off", model, lambda: adapters_off(model, audited=audited))
 
 
 def _prove_off(name: str, config: Any, layers: list[Any]) -> None:
@@ -235,13 +261,20 @@ def _require_adapter(model: nn.Module, layers: list[Any]) -> None:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights that belong to adapters, each once; compared by identity since some are shared between layers."""
+    return [tensor for tensor in adapter_tensors(model) if isinstance(tensor, nn.Parameter)]
+
+
+def adapter_tensors(model: nn.Module) -> list[Tensor]:
+    """Weights and buffers that belong to adapters, each once."""
     tuner, _ = adapter_classes()
-    found: dict[int, nn.Parameter] = {}
+    found: dict[int, Tensor] = {}
     for layer in adapter_layers(model):
-        frozen_part = "base_layer." if isinstance(layer, tuner) else "original_module."
-        for name, parameter in layer.named_parameters(remove_duplicate=False):
-            if not name.startswith(frozen_part):
-                found[id(parameter)] = parameter
+        # The wrapper of trained tokens has a tuner layer inside, around the base's embeddings.
+        frozen = "base_layer." if isinstance(layer, tuner) else ("original_module.", "token_adapter.base_layer.")
+        named = (layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
+        for name, tensor in itertools.chain(*named):
+            if not name.startswith(frozen):
+                found[id(tensor)] = tensor
     return list(found.values())
 
 
@@ -264,9 +297,32 @@ def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:
     )
 
 
-def _require_active(name: str, init: str, layers: list[Any]) -> None:
+def _names(layers: list[Any]) -> frozenset[str]:
+    """Of all adapters in these layers."""
+    found: set[str] = set()
     for layer in layers:
-        if name in getattr(layer, "lora_A", {}) and (layer.disable_adapters or name not in layer.active_adapters):
+        parts: list[Any] = [getattr(layer, part, None) for part in getattr(layer, "adapter_layer_names", ())]
+        found.update(name for part in parts if hasattr(part, "keys") for name in part)
+    return frozenset(found)
+
+
+def _lora_of(name: str, model: nn.Module) -> Iterator[tuple[bool, Tensor, Tensor]]:
+    """Of each linear layer of a config's adapter: whether it is active, A ``[r, in]`` and B ``[out, r]``, if whole.
+
+    ``name``: as :func:`~mask_the_target.attach.unwrap` gives it, with the path of the part that has the adapter.
+    """
+    path, _, name = name.rpartition(".")
+    for layer in adapter_layers(model.get_submodule(path)):
+        a, b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+        if name in a and name in b and isinstance(a[name], nn.Linear):
+            weights = [part[name].weight.detach() for part in (a, b)]
+            if all(w.dim() == 2 and not w.is_meta and not is_distributed(w) for w in weights):
+                yield not layer.disable_adapters and name in layer.active_adapters, *weights
+
+
+def _require_active(name: str, init: str, model: nn.Module) -> None:
+    for active, _, _ in _lora_of(name, model):
+        if not active:
             raise ValueError(
                 f"adapter {name!r} was initialised by {init!r}, which subtracted it from the base weights, but it is "
                 "not active, so neither with nor without the active adapters is the model the base. Activate it, or "
@@ -274,28 +330,60 @@ def _require_active(name: str, init: str, layers: list[Any]) -> None:
             )
 
 
-def _require_untrained(name: str, init: str, layers: list[Any]) -> None:
+def _is_start(init: str, a: Tensor, b: Tensor) -> bool:
+    """Whether A ``[r, in]`` and B ``[out, r]`` have the singular structure that this initialisation gives them.
+
+    It is exact to the rounding of the weights: on SmolLM2-135M 1e-6 in float32, 5e-4 of float16 and 4e-3 of bfloat16,
+    which values that have been cast back to float32 still have.
+    """
+    held = next(
+        (d for d in (torch.bfloat16, torch.float16) if all(torch.equal(w, w.to(d).to(w.dtype)) for w in (a, b))),
+        torch.float32,
+    )
+    a, b = a.cpu().double(), b.cpu().double()  # not every accelerator has float64
+    gram = b.t() @ b  # [r, r]
+    if init.startswith("pissa"):
+        start = a @ a.t()  # both are the top singular values
+    elif init.startswith("olora"):
+        start = torch.eye(len(gram), dtype=gram.dtype)  # B holds orthonormal columns
+    else:
+        start = gram.diag().diag()  # CorDA and LoRA-GA: singular vectors of the data's, orthogonal at least
+    return bool((gram - start).norm() <= max(1.5 * torch.finfo(held).eps, 1e-3) * start.norm())
+
+
+def _require_untrained(name: str, init: str, model: nn.Module) -> None:
     """These initialisations start from known singular structure; an adapter without it has been trained already."""
-    for layer in layers:
-        a, b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
-        if name not in a or name not in b:
-            continue
-        gram_b = b[name].weight.detach().float()
-        gram_b = gram_b.t() @ gram_b  # [r, r]
-        if init.startswith("pissa"):
-            gram_a = a[name].weight.detach().float()
-            start = gram_a @ gram_a.t()  # both are the top singular values
-        elif init.startswith("olora"):
-            start = torch.eye(len(gram_b), device=gram_b.device)  # B holds orthonormal columns
-        else:
-            start = gram_b.diag().diag()  # CorDA and LoRA-GA: singular vectors of the data's, orthogonal at least
-        if (gram_b - start).norm() > 0.02 * start.norm():
+    if not all(_is_start(init, a, b) for _, a, b in _lora_of(name, model)):
+        raise ValueError(
+            f"adapter {name!r} was initialised by {init!r} but has been trained since: the initial adapter, which "
+            "the true base needs, is gone. Attach before training or before the checkpoint is loaded, or pass a "
+            "separately loaded base model as base=."
+        )
+
+
+def _require_identity(name: str, subtracting: str, model: nn.Module) -> None:
+    """Refuse an active adapter that a copy of the initial ones would make a part of the base."""
+    for active, _, b in _lora_of(name, model):
+        if active and bool(b.any()):
             raise ValueError(
-                f"adapter {name!r} was initialised by {init!r} but has been trained since: the initial adapter, which "
-                "the true base needs, is gone. Attach before training or before the checkpoint is loaded, or pass a "
-                "separately loaded base model as base=."
+                f"adapter {name!r} is active and trained beside {subtracting!r}, which was subtracted from the base "
+                "weights: neither with nor without them is the model the base. Turn it off; say base='initial', if "
+                "the model as it is now is the base; or pass a separately loaded model as base=."
             )
+
+
+def _require_no_hidden_start(name: str, config: Any, model: nn.Module) -> None:
+    """Refuse an initial adapter that was saved as if it were an ordinary one, as PEFT's own recipe for PiSSA does."""
+    if _init(config) != "true":
         return
+    lora = [(a, b) for _, a, b in _lora_of(name, model)]
+    for init in ("pissa", "olora", "corda"):
+        if lora and all(len(a) > 1 and bool(b.any()) and _is_start(init, a, b) for a, b in lora):
+            raise ValueError(
+                f"adapter {name!r} says init_lora_weights=True, but its weights are how {init!r} or its like begin: "
+                "the weights underneath may be what was left of the base when it was subtracted. If so, say "
+                "base='initial'; if they are the base's own, say base='off'."
+            )
 
 
 def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
@@ -312,7 +400,7 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
         now = adapter_parameters(model)
         if _active(layers) != active or [id(p) for p in now] != [id(p) for p in parameters]:
             raise RuntimeError(
-                "the model's adapters were added, switched or replaced since base='initial' kept a copy of them, so "
+                "the model's adapters were added, switched, scaled or replaced since base='initial' kept a copy, so "
                 "the copy is not the base any more. Detach, and attach again."
             )
 
@@ -337,8 +425,11 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
     return context
 
 
-def _active(layers: list[Any]) -> list[tuple[list[str], bool]]:
-    return [(list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+def _active(layers: list[Any]) -> list[tuple[list[str], bool, dict[str, float]]]:
+    """What a layer adds besides its adapters' weights: which of them, whether at all, and by which factor."""
+    return [
+        (list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))) for layer in layers
+    ]
 
 
 def _separate(model: nn.Module, base: nn.Module) -> Base:

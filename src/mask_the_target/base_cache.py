@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mask_the_target.base import Base, adapter_parameters
+from mask_the_target.base import Base, adapter_tensors
 from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
 from mask_the_target.sharding import is_sharded
 
@@ -44,6 +44,7 @@ class BaseCache:
         self.expected = expected
         self._missed = 0
         self._off: str | None = None
+        self._longest, self._said = _longest_alone(base.model), False
 
     def hidden(self, inputs: Mapping[str, Any], supervised: Tensor, compute: Callable[..., Tensor]) -> Tensor:
         """The base's final hidden states at the supervised positions, ``[n, d]`` in the stored dtype.
@@ -58,7 +59,7 @@ class BaseCache:
         """
         if is_sharded(self._base.model):
             return self._hidden_together(inputs, supervised, compute)
-        if self._off is not None or not len(supervised):
+        if self._off is not None or not len(supervised) or self._depends_on_company(inputs):
             return compute(inputs)
         reason = self._reason_against(inputs)
         if reason is None and self._store is None:
@@ -97,7 +98,8 @@ class BaseCache:
                 "the model is sharded (FSDP, ZeRO-3), and the base's fingerprint needs whole weights. To use it, fill "
                 "it before the model is wrapped (attachment.fill_cache)"
             )
-        if store is not None and len(supervised) and self._reason_against(inputs) is None:
+        alone = not self._depends_on_company(inputs)
+        if store is not None and len(supervised) and alone and self._reason_against(inputs) is None:
             _, found = self._read(store, inputs, supervised)
         missing = torch.tensor(float(found is None), device=supervised.device)
         torch.distributed.all_reduce(missing)
@@ -136,6 +138,22 @@ class BaseCache:
         if self._store is not None:
             self._store.flush()
 
+    def _depends_on_company(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether each row's hidden states are what they are by the longest of the batch; said once."""
+        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+        if self._longest is None or not isinstance(ids, Tensor) or ids.shape[-1] <= self._longest:
+            return False
+        if isinstance(positions, Tensor) and int(positions.max()) < self._longest:
+            return False
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"base='cached': batches with positions beyond {self._longest} run uncached, since this model's rotary "
+                "embedding (dynamic, longrope) then changes for every row. The loss is the same.",
+                stacklevel=2,
+            )
+        return True
+
     def _reason_against(self, inputs: Mapping[str, Any]) -> str | None:
         """Why these inputs can't be cached, or None."""
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -165,7 +183,7 @@ class BaseCache:
             )
         self._autocast = _autocast(device)
         dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else hidden.dtype
-        without = set() if self._base.kind == "initial" else {id(p) for p in adapter_parameters(model)}
+        without = set() if self._base.kind == "initial" else {id(tensor) for tensor in adapter_tensors(model)}
         extra = {"base": self._base.kind, "autocast": self._autocast, "stored": str(dtype)}
         try:
             with self._base.context():
@@ -211,6 +229,23 @@ class BaseCache:
             "Use base='auto' to say so from the start.",
             stacklevel=2,
         )
+
+
+def _longest_alone(model: Any) -> int | None:
+    """Up to how many positions a rotary embedding that follows the batch's longest row stays as it is; else None."""
+    limits: list[int] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        kinds = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, Mapping) else [kinds]
+        if not any(kind == "longrope" or "dynamic" in kind for kind in kinds if isinstance(kind, str)):
+            continue
+        parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        parts = [parameters, *(part for part in parameters.values() if isinstance(part, Mapping))]
+        names = ("original_max_position_embeddings", "max_position_embeddings")
+        told = [part.get(names[0]) for part in parts] + [getattr(config, name, None) for name in names]
+        limits.append(min((n for n in told if isinstance(n, int)), default=0))
+    return min(limits, default=None)
 
 
 def _given(inputs: Mapping[str, Any]) -> frozenset[str]:

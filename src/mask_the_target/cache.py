@@ -94,7 +94,7 @@ def fingerprint(model: nn.Module, *, without: Set[int] = frozenset(), **extra: s
 
     Args:
         model: the inner causal LM, whole on this process.
-        without: ``id`` of each parameter that is not part of the base: the adapters' when they are off.
+        without: ``id`` of each tensor that is not part of the base: the adapters' when they are off.
         extra: anything else that changes the hidden states or how they are stored (autocast's dtype, stored dtype).
 
     Returns:
@@ -103,9 +103,11 @@ def fingerprint(model: nn.Module, *, without: Set[int] = frozenset(), **extra: s
     Raises:
         ValueError: if weights are sharded or not loaded, so that this process doesn't see them.
     """
-    # state_dict and not named_parameters: it has the scales of quantised weights as well.
+    # state_dict and not named_parameters: it has the scales of quantised weights as well. Buffers that aren't in it
+    # are derived from the config, but may be patched (rotary frequencies) or cast with the model.
+    derived = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     weights: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in {**derived, **model.state_dict(keep_vars=True)}.items():
         if not isinstance(tensor, Tensor) or id(tensor) in without:
             continue
         if tensor.is_meta or hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id") or "_fsdp_wrapped" in name:

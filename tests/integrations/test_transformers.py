@@ -263,6 +263,28 @@ def test_a_weight_that_is_unfrozen_before_training_is_refused(tmp_path: Path) ->
         trainer.train()
 
 
+def test_an_adapter_that_is_added_after_the_trainer_was_built_is_refused(tmp_path: Path) -> None:
+    model = with_lora(toy_llama())
+    trainer = _trainer(tmp_path, model, TMKLCallback())
+    model.add_adapter("late", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.set_adapter("late")
+    with pytest.raises(RuntimeError, match="adapter 'late' was added since the base was settled"):
+        trainer.train()
+
+
+def test_an_initial_base_after_the_checkpoint_was_loaded_is_refused(tmp_path: Path) -> None:
+    kwargs = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    _trainer(tmp_path, with_lora(toy_llama()), TMKLCallback(base="initial"), **kwargs).train()
+    model = with_lora(toy_llama())
+    trainer = Trainer(
+        model, _arguments(tmp_path, **(kwargs | {"max_steps": 2})), train_dataset=ROWS, data_collator=_collate
+    )
+    trainer.add_callback(TMKLCallback(base="initial"))
+    with pytest.raises(ValueError, match="this callback came after the checkpoint was loaded"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "forward" not in unwrap(model)[0].__dict__
+
+
 def test_the_first_step_is_logged_to_prove_the_loss_early(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, with_lora(toy_llama()), TMKLCallback(), logging_steps=4, max_steps=4)
     trainer.train()

@@ -169,8 +169,15 @@ class TMKLCallback(TrainerCallback):
         _check_arguments(args)
         if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
+        late = self._base is None and state.global_step > 0
         if not self._ahead:
             self._attach(kwargs["model"], args)
+        if late and self._base is not None and self._base.kind == "initial":
+            self._release()
+            raise ValueError(
+                "base='initial' needs the adapter as it was before training, and this callback came after the "
+                "checkpoint was loaded. Give it to the trainer when that is built: callbacks=[TMKLCallback(...)]."
+            )
         self._ahead = False
         assert self._attachment is not None
         cache = self._attachment.cache
