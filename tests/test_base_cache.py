@@ -277,4 +277,4 @@ def test_rows_whose_rotary_embedding_follows_their_company_run_uncached(kind: st
         train(model, padded, [[[0, 1], [2]]])
     assert losses == pytest.approx(expected, rel=1e-5)
     assert sum("run uncached" in str(warning.message) for warning in caught) == 1
-    assert len(passes) == before  # the short ones are found
+    assert len(passes) == before + 1  # the short ones are found; 2 has all 8, and a dynamic one may not have gone back

@@ -357,7 +357,7 @@ class Attachment:
             )
         if torch.compiler.is_compiling():
             return
-        # 272 weights of SmolLM2 take 0.02 ms.
+        # 0.3 ms for the 272 weights of SmolLM2-135M, on a core that was busy with other work.
         thawed = {id(p) for reference in self._frozen if (p := reference()) is not None and p.requires_grad}
         if thawed:
             names = [name for name, p in self.model.named_parameters() if id(p) in thawed]

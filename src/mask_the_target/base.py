@@ -100,7 +100,7 @@ def resolve_base(
         base: ``"off"``: the model with its adapters off. ``"initial"``: the model with a frozen copy of the adapter as
             it is now. ``"auto"``: ``"initial"`` for initialisations that rewrite the base weights (PiSSA, OLoRA,
             CorDA, LoRA-GA), else ``"off"``. Or a separate frozen model.
-        configs: PEFT's config of each adapter, by name.
+        configs: PEFT's config of each adapter, by name, as :func:`~mask_the_target.attach.unwrap` gives them.
 
     Raises:
         ValueError: for each way in which the base would not be the true one; the message names the remedy.

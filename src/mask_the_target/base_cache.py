@@ -141,9 +141,10 @@ class BaseCache:
     def _depends_on_company(self, inputs: Mapping[str, Any]) -> bool:
         """Whether each row's hidden states are what they are by the longest of the batch; said once."""
         ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-        if self._longest is None or not isinstance(ids, Tensor) or ids.shape[-1] <= self._longest:
+        if self._longest is None or not isinstance(ids, Tensor):
             return False
-        if isinstance(positions, Tensor) and int(positions.max()) < self._longest:
+        longest = self._longest - self._said  # after a longer one, a dynamic embedding goes back for shorter ones only
+        if ids.shape[-1] <= longest or (isinstance(positions, Tensor) and int(positions.max()) < longest):
             return False
         if not self._said:
             self._said = True
