@@ -12,7 +12,7 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -178,9 +178,11 @@ class Attachment:
         self.prefix = find_shared_prefix(self.model, self._probe_hidden) if shareable else None
         self._active = True
         # Weakly, since a wrapper that shards the model replaces them, and would not be rid of the whole ones.
-        own = {id(p) for p in adapter_parameters(self.model)}
-        frozen = [p for p in self.model.parameters() if not p.requires_grad and id(p) not in own]
-        self._frozen = [weakref.ref(p) for p in frozen] if self.base.model is self.model else []
+        self._frozen: list[weakref.ref[nn.Parameter]] = []
+        if self.base.model is self.model:
+            own = {id(p) for p in adapter_parameters(self.model)}
+            others = [p for p in self.model.parameters() if id(p) not in own]
+            self._frozen = [weakref.ref(p) for p in others if not p.requires_grad]
         self._warned = False
         self._running = False
         self.context_weight: float = self.options.context_weight
@@ -660,7 +662,7 @@ def cache_of(base: Any) -> tuple[Any, CachedBase | None]:
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`. Raises ValueError if nothing is attached."""
-    attachment = attachment_of(unwrap(model)[0])
+    attachment = attachment_of(inner_model(model))
     if attachment is None:
         raise ValueError("TMKL is not attached to this model.")
     attachment.detach()
@@ -678,15 +680,29 @@ def attachment_of(inner: nn.Module) -> Attachment | None:
     return None
 
 
-def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The inner causal LM under every wrapper, and PEFT's adapter configs by name, also those of adapters that were
-    put on a part of it (a backbone): these by its path and their name.
+def inner_model(model: nn.Module) -> nn.Module:
+    """The inner causal LM under every wrapper.
 
     Raises:
         ValueError: for ``nn.DataParallel``, whose replicas would all run the original's weights.
     """
+    *_, inner = _wrapped(model)
+    return inner
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The inner causal LM, and PEFT's adapter configs by name, also those of adapters that were put on a part of it (a
+    backbone): these by its path and their name. It walks through all modules; see :func:`inner_model`, which doesn't.
+
+    Raises what :func:`inner_model` raises.
+    """
+    from peft import PeftMixedModel, PeftModel
+
+    *wrappers, inner = _wrapped(model)
     configs: dict[str, Any] = {}
-    inner = _inner(model, configs)
+    for wrapper in wrappers:
+        if isinstance(wrapper, (PeftModel, PeftMixedModel)):
+            configs.update(wrapper.peft_config)
     for path, module in inner.named_modules():
         own = module.__dict__.get("peft_config")
         for name, config in own.items() if isinstance(own, dict) else ():
@@ -695,8 +711,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     return inner, configs
 
 
-def _inner(model: nn.Module, configs: dict[str, Any]) -> nn.Module:
-    """The inner causal LM; the configs of PEFT's wrappers around it are put into ``configs``."""
+def _wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what each of its wrappers stands around; the last is the inner causal LM."""
     from peft import PeftMixedModel, PeftModel
 
     while True:
@@ -705,15 +721,15 @@ def _inner(model: nn.Module, configs: dict[str, Any]) -> nn.Module:
                 "nn.DataParallel copies the model in every step, and the copies would run the original's weights. Use "
                 "one process for each device (accelerate launch, torchrun), or make one device visible."
             )
+        yield model
         if isinstance(model, (PeftModel, PeftMixedModel)):
-            configs.update(model.peft_config)
             model = model.get_base_model()
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
             model = model.module  # type: ignore[assignment]  # DDP, FSDP1, DeepSpeed
         else:
-            return model
+            return
 
 
 def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -726,7 +742,7 @@ def count_context(model: nn.Module, batch: Mapping[str, Any]) -> int:
     Raises:
         ValueError: if nothing is attached, or the positions can't be told (see :class:`~mask_the_target.TMKL`).
     """
-    attachment = attachment_of(_inner(model, {}))
+    attachment = attachment_of(inner_model(model))
     if attachment is None:
         raise ValueError("TMKL is not attached to this model.")
     return attachment.count_context(batch)

@@ -7,7 +7,6 @@ anchored to such a "base" pulls towards the wrong model without a word, so each 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,10 +72,10 @@ def adapters_off(model: nn.Module, *, audited: frozenset[str] | None = None) -> 
     """
     layers = adapter_layers(model)
     _require_adapter(model, layers)
-    active = {name for layer in layers for name in layer.active_adapters}
-    if audited is not None and not active <= audited:
+    added = set() if audited is None else {name for layer in layers for name in layer.active_adapters} - audited
+    if added:
         raise RuntimeError(
-            f"adapter {min(active - audited)!r} was added since the base was settled, and it may have rewritten the "
+            f"adapter {min(added)!r} was added since the base was settled, and it may have rewritten the "
             "base's weights. Add it before TMKL is attached (before the trainer is built, with TMKLCallback); or "
             "detach, and attach again."
         )
@@ -261,21 +260,24 @@ def _require_adapter(model: nn.Module, layers: list[Any]) -> None:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights that belong to adapters, each once; compared by identity since some are shared between layers."""
-    return [tensor for tensor in adapter_tensors(model) if isinstance(tensor, nn.Parameter)]
+    return list(_of_adapters(model, nn.Module.named_parameters).values())
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """Weights and buffers that belong to adapters, each once."""
+    return [*adapter_parameters(model), *_of_adapters(model, nn.Module.named_buffers).values()]
+
+
+def _of_adapters(model: nn.Module, named: Callable[..., Iterator[tuple[str, Any]]]) -> dict[int, Any]:
     tuner, _ = adapter_classes()
-    found: dict[int, Tensor] = {}
+    found: dict[int, Any] = {}
     for layer in adapter_layers(model):
         # The wrapper of trained tokens has a tuner layer inside, around the base's embeddings.
         frozen = "base_layer." if isinstance(layer, tuner) else ("original_module.", "token_adapter.base_layer.")
-        named = (layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
-        for name, tensor in itertools.chain(*named):
+        for name, tensor in named(layer, remove_duplicate=False):
             if not name.startswith(frozen):
                 found[id(tensor)] = tensor
-    return list(found.values())
+    return found
 
 
 def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:

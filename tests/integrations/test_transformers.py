@@ -280,8 +280,9 @@ def test_an_initial_base_after_the_checkpoint_was_loaded_is_refused(tmp_path: Pa
         model, _arguments(tmp_path, **(kwargs | {"max_steps": 2})), train_dataset=ROWS, data_collator=_collate
     )
     trainer.add_callback(TMKLCallback(base="initial"))
-    with pytest.raises(ValueError, match="this callback came after the checkpoint was loaded"):
-        trainer.train(resume_from_checkpoint=True)
+    for _ in range(2):  # nothing of the first attempt is taken for the base in another
+        with pytest.raises(ValueError, match="this callback came after the checkpoint was loaded"):
+            trainer.train(resume_from_checkpoint=True)
     assert "forward" not in unwrap(model)[0].__dict__
 
 

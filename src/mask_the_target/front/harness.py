@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mask_the_target.attach import unwrap
+from mask_the_target.attach import inner_model
 from mask_the_target.front.backbones import package_folder
 from mask_the_target.front.probes import evenly, measuring
 
@@ -245,7 +245,7 @@ class _LoadedModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.config = unwrap(model)[0].config
+        self.config = inner_model(model).config
         self.device = next(model.parameters()).device
         self.generate = model.generate
 

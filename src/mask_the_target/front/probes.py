@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mask_the_target.attach import unwrap
+from mask_the_target.attach import inner_model
 from mask_the_target.base import adapters_off
 from mask_the_target.front.backbones import package_folder
 from mask_the_target.front.recipes import Row
@@ -79,7 +79,7 @@ class _Prefix:
         """
         from transformers.cache_utils import DynamicLayer
 
-        named = inspect.signature(type(unwrap(model)[0]).forward).parameters
+        named = inspect.signature(type(inner_model(model)).forward).parameters
         full = all(type(layer) is DynamicLayer for layer in self.cache.layers) and bool(self.cache.layers)
         return full and {"attention_mask", "position_ids"} <= set(named)
 
@@ -92,7 +92,7 @@ class _Prefix:
 
 def _forward(model: nn.Module, ids: Tensor, cache: Any, **kwargs: Any) -> Tensor:
     """Logits [batch, kept, V]; `cache` grows by `ids` [batch, length]."""
-    inner, _ = unwrap(model)
+    inner = inner_model(model)
     # transformers 5 renamed the argument; the class is asked, since an instance's forward may be wrapped.
     name = "cache" if "cache" in inspect.signature(type(inner).forward).parameters else "past_key_values"
     return model(input_ids=ids, use_cache=True, **{name: cache}, **kwargs).logits
@@ -110,7 +110,7 @@ def _shared_prefix(model: nn.Module, prompts: list[list[int]]) -> _Prefix:
     first, last = min(prompts), max(prompts)  # lists compare token by token: what these two share, all share
     length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))  # noqa: B905
     length = min(length, min(map(len, prompts)) - 1)
-    inner: Any = unwrap(model)[0]
+    inner: Any = inner_model(model)
     cache = DynamicCache(config=inner.config)
     if length:
         _forward(model, _ids(model, [first[:length]]), cache, logits_to_keep=1)

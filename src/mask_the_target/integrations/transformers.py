@@ -169,15 +169,8 @@ class TMKLCallback(TrainerCallback):
         _check_arguments(args)
         if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
-        late = self._base is None and state.global_step > 0
         if not self._ahead:
-            self._attach(kwargs["model"], args)
-        if late and self._base is not None and self._base.kind == "initial":
-            self._release()
-            raise ValueError(
-                "base='initial' needs the adapter as it was before training, and this callback came after the "
-                "checkpoint was loaded. Give it to the trainer when that is built: callbacks=[TMKLCallback(...)]."
-            )
+            self._attach(kwargs["model"], args, resumed=state.global_step > 0)
         self._ahead = False
         assert self._attachment is not None
         cache = self._attachment.cache
@@ -190,14 +183,20 @@ class TMKLCallback(TrainerCallback):
         if self.options.context_weight:
             self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
-    def _attach(self, model: Any, args: TrainingArguments) -> None:
+    def _attach(self, model: Any, args: TrainingArguments, *, resumed: bool = False) -> None:
         self._release()  # an earlier train() may have been interrupted
         inner, configs = unwrap(model)
         left_over = attachment_of(inner)
         if left_over is not None and left_over.strict:  # another trainer's, which was interrupted
             left_over.detach()
         if self._base is None or (self._base.kind != "model" and self._base.model is not inner):
-            self._base = resolve_base(inner, self._choice, configs=configs)
+            base = resolve_base(inner, self._choice, configs=configs)
+            if resumed and base.kind == "initial":
+                raise ValueError(
+                    "base='initial' needs the adapter as it was before training, and this callback came after the "
+                    "checkpoint was loaded. Give it to the trainer when that is built: callbacks=[TMKLCallback(...)]."
+                )
+            self._base = base
         elif self._base.kind != "model":
             require_frozen_rest(inner, configs)  # something may have been unfrozen since the trainer was built
         # A gradient scaler changes the factors, and AdaLoRA's model adds its orthogonality term to the loss after us.
