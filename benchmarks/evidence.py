@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mask_the_target import TMKL
-from mask_the_target.front.results import read_results
+from mask_the_target.front.fronts import by_score, compare
+from mask_the_target.front.results import Recipe, read_results
 from mask_the_target.front.suggest import Outcome, leave_one_out
 
 # Method, and what its setting begins with where only one of several is meant: how it is called.
@@ -57,7 +58,8 @@ def cell(row: Row | None, name: str, form: str) -> str:
 
 def tables(study: Path) -> dict[str, str]:
     """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, each
-    setting's hypervolume less plain CE's, the runs at their end, and `mtt suggest` judged by several sets."""
+    setting's hypervolume less plain CE's, the runs at their end, and of several sets seed 0 alone and `mtt suggest`
+    judged by them."""
     points = read(study / "report.csv")
     figures = {
         (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
@@ -89,6 +91,9 @@ def tables(study: Path) -> dict[str, str]:
         for tolerance in ("1%", "5%")
         for row in rows(f"learned losing {tolerance}", "{:.0%}", "text", f"{{}}, {tolerance}")
     ]
+    several = (
+        {"seed 0": table(["", *sets], seed_zero(study, sets)), "left out": left_out(study)} if len(sets) > 1 else {}
+    )
     return {
         "hypervolume": by_measure("hypervolume", "{:.3f}"),
         "less plain CE's": by_measure("hypervolume less ce's", "{:+.3f}", "ce"),
@@ -96,7 +101,7 @@ def tables(study: Path) -> dict[str, str]:
         "learned within": table(["", *sets], within),
         "each setting": table(["", *sets], each_setting(points, sets, find)),
         "ends": table(["", *sets], ends(points, sets)),
-        **({"left out": left_out(study)} if len(sets) > 1 else {}),
+        **several,
     }
 
 
@@ -114,6 +119,33 @@ def each_setting(
             cells.append(f"{means} ({here[0]['seeds']})" if here else NOTHING)
         rows.append([f"{method}: {setting}", *cells])
     return rows
+
+
+def seed_zero(study: Path, sets: list[str]) -> list[list[str]]:
+    """The hypervolume at seed 0 of each setting's own front, and of plain CE's with all of its settings: by text, facts
+    and instructions, and the mean of the three. So what only seed 0 has can be compared with the rest."""
+    results = read_results(study)
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in sets:
+        here = Recipe(one, [result for result in results if result["recipe"] == one])
+        named = {
+            f"{method}: {setting}" if method != "ce" else METHODS["ce", ""]: own
+            for (method, setting), own in here.groups().items()
+        }
+        named[METHODS["ce", ""]] = here.of("ce")
+        apart = [{**run, "method": name} for name, own in named.items() for run in own if run["seed"] == 0]
+        for measure in MEASURES:
+            both = [*here.of("ce"), *apart]
+            both = by_score(both, *measure.split(".")) if "." in measure else both
+            for name, figures in compare(both)[one]["methods"].items():
+                if name != "ce":
+                    found.setdefault(name, {}).setdefault(one, []).append(figures["hypervolume"]["mean"])
+    form = "{:.3f}, {:.3f}, {:.3f}; {:.3f}"
+    cells = {
+        name: [form.format(*own[one], statistics.fmean(own[one])) if one in own else NOTHING for one in sets]
+        for name, own in sorted(found.items(), key=lambda item: (item[0] != METHODS["ce", ""], item[0]))
+    }
+    return [[name, *own] for name, own in cells.items()]
 
 
 def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
