@@ -18,19 +18,22 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from conftest import batch, toy_llama, with_lora
-from mask_the_target import TMKL, attach, linear, linear_target_masked_kl, target_masked_kl
+from mask_the_target import TMKL, TMKLCallback, attach, linear, linear_target_masked_kl, target_masked_kl
 from mask_the_target.head import Head, LogitTransform
 from options import ALL_OPTIONS, name
 from ranks import LEARNING_RATE, OPTIONS, leave, refused, whole
+from ranks_trainer import rows
 from reference import reference_loss
 
 TRANSFORM = LogitTransform(0.5, 3.0)
@@ -117,14 +120,45 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def first_step(base: Any, shard: Callable[[], Any], data: dict[str, Tensor], choice: Any, **lora: Any) -> Any:
-    """A step of SGD of the sharded model, and one process's."""
-    start = with_column_lora(copy.deepcopy(base), moved=0.2, **lora)
+def with_adapter_of(start: nn.Module, shard: Callable[[], Any], **lora: Any) -> nn.Module:
+    """The sharded model with the adapter that ``start`` has."""
     model = with_column_lora(shard(), **lora)
     with torch.no_grad():
         for mine, its in zip(trainable(model), trainable(start), strict=True):
             mesh, placements = getattr(mine, "device_mesh", None), getattr(mine, "placements", None)
             mine.copy_(its if mesh is None else distribute_tensor(its.detach(), mesh, placements))
+    return model
+
+
+def trained(model: nn.Module, folder: str) -> list[dict[str, float]]:
+    """What transformers' Trainer logs in two steps, where ranks that share a batch must not count it twice."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=2,
+        per_device_train_batch_size=6,
+        use_cpu=True,
+        learning_rate=0.02,
+        max_grad_norm=0.0,
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if dist.is_initialized():  # accelerate shards on accelerators alone
+        assert arguments.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    callback = TMKLCallback(TMKL(weight=0.5, context_weight=5.0))
+    run = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[callback])
+    run.train()
+    figures = ("loss", "ce", "kl", "context_kl")
+    return [{name: entry[name] for name in figures} for entry in run.state.log_history if "loss" in entry]
+
+
+def first_step(base: Any, shard: Callable[[], Any], data: dict[str, Tensor], choice: Any, **lora: Any) -> Any:
+    """A step of SGD of the sharded model, and one process's."""
+    start = with_column_lora(copy.deepcopy(base), moved=0.2, **lora)
+    model = with_adapter_of(start, shard, **lora)
     attachment = attach(model, OPTIONS, base=choice)
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     with Widest() as widest:
@@ -172,7 +206,7 @@ def main() -> None:
         "placements": refused(lambda: linear_target_masked_kl(rows, rows, whole_head, labels)),
         "few tokens": refused(lambda: linear_target_masked_kl(rows, rows, few, labels)),
     }
-    models = {}
+    models, steps = {}, []
     if dist.get_world_size() == 2:  # the toy has two heads of keys and values
         base = toy_llama(vocab_size=96)
         with tempfile.TemporaryDirectory() as made:
@@ -181,11 +215,14 @@ def main() -> None:
             base.save_pretrained(shared[0])  # transformers lets the first rank write
             dist.barrier()
             models, said = of_models(base, lambda: from_folder(shared[0]), mesh)
+            start = with_column_lora(toy_llama(vocab_size=96), moved=0.2)
+            steps = trained(with_adapter_of(start, lambda: from_folder(shared[0])), shared[0])
         messages |= said
     if dist.get_rank() == 0:
         print("MESSAGES " + json.dumps(messages))
         print("FUNCTIONAL " + json.dumps(found))
         print("MODELS " + json.dumps(models))
+        print("STEPS " + json.dumps(steps))
     leave()
 
 

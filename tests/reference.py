@@ -39,12 +39,14 @@ def context_positions(batch: dict[str, Any], placeholders: tuple[int, ...] = ())
     """(row, position) of every real token that is followed by a real, unsupervised token of the same document."""
     ids = batch["input_ids"].tolist()
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).tolist()
-    starts = batch.get("position_ids", torch.full_like(batch["input_ids"], 9)).expand_as(batch["input_ids"]).tolist()
+    counted = torch.arange(batch["input_ids"].shape[1])
+    positions = batch.get("position_ids", counted).expand_as(batch["input_ids"]).tolist()
     found = []
     for row, tokens in enumerate(ids):
         for position in range(len(tokens) - 1):
             after = position + 1
-            real = mask[row][position] and mask[row][after] and starts[row][after] != 0
+            real = mask[row][position] and mask[row][after]
+            real = real and positions[row][after] == positions[row][position] + 1
             supervised = batch["labels"][row, after] != -100
             if real and not supervised and not {tokens[position], tokens[after]} & set(placeholders):
                 found.append((row, position))

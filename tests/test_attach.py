@@ -380,6 +380,19 @@ def test_labels_that_never_arrive_are_reported_once() -> None:
             model(**inputs)
 
 
+def test_one_warning_does_not_hide_another() -> None:
+    """A validation forward in eval mode is harmless, a training forward without labels is not."""
+    model, _ = _pair()
+    data = batch()
+    with attach(model):
+        model.eval()
+        with pytest.warns(UserWarning, match="ran in eval mode"):
+            model(**data)
+        model.train()
+        with pytest.warns(UserWarning, match="a training forward came without labels"):
+            model(**{name: value for name, value in data.items() if name != "labels"})
+
+
 def test_training_in_eval_mode_is_reported() -> None:
     """What get_peft_model gives for a loaded model: the wrapper in train mode, the model inside in eval mode."""
     model, _ = _pair()

@@ -123,6 +123,31 @@ def test_documents_that_see_each_other_are_not_taken_apart(tmp_path: Path) -> No
     assert len(passes) == before
 
 
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_rows_whose_documents_may_see_each_other_or_not_are_not_taken_for_each_other(
+    mask_first: bool, tmp_path: Path
+) -> None:
+    """With a mask they do, and without one not. A row that ends in a cut prompt can't tell: it isn't kept."""
+    ids = torch.randint(3, 47, (1, 18), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :2] = labels[:, 6:8] = labels[:, 12:] = -100
+    packed_row = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(6).repeat(3)[None]}
+    joined = packed_row | {"attention_mask": torch.ones_like(ids)}
+    found = []
+    for data in (joined, packed_row) if mask_first else (packed_row, joined):
+        expected_model, model = with_lora(toy_llama(), moved=0.3), with_lora(toy_llama(), moved=0.3)
+        with attach(expected_model) as attachment:
+            expected_model(**data)
+            assert attachment.last is not None
+            expected = float(attachment.last.kl)
+        with attach(model, base=CachedBase(folder=tmp_path)) as attachment:
+            model(**data)
+            assert attachment.last is not None
+            assert float(attachment.last.kl) == pytest.approx(expected, rel=1e-5)
+        found.append(expected)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_storage_gives_the_same_losses_to_its_rounding_in_every_epoch(autocast: bool, tmp_path: Path) -> None:
     model = with_lora(toy_llama(), moved=0.05)

@@ -130,6 +130,10 @@ def test_positions_are_real_followed_and_unsupervised(data: st.DataObject) -> No
     labels = table(st.sampled_from([-100, -100, 3]))
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     placeholders = data.draw(st.sampled_from([(), (4,), (3, 4)]))
+    if len(inputs) == 1 and length > 1 and (labels[:, -1] == -100).any():
+        with pytest.raises(ValueError, match="a row ends without a target, which may be padding"):
+            context_mask(inputs, targets, placeholders)
+        inputs["attention_mask"] = torch.ones_like(labels)
     found = context_mask(inputs, targets, placeholders).nonzero().tolist()
     assert [tuple(pair) for pair in found] == context_positions({**inputs, "labels": labels}, placeholders)
 
@@ -140,6 +144,24 @@ def test_positions_that_cannot_be_told_are_refused() -> None:
         context_mask({"attention_mask": torch.ones(1, 1, 4, 4)}, targets)
     with pytest.raises(ValueError, match="needs position_ids to tell packed documents apart"):
         context_mask({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, targets)
+    with pytest.raises(ValueError, match=r"and the batch has no attention mask\. Give a mask of 0 and 1"):
+        context_mask({"input_ids": torch.ones(1, 4)}, targets, shifted=False)
+    padded = torch.tensor([[-100, 3, -100, -100], [-100, -100, 3, -100]])  # the last predicts nothing
+    with pytest.raises(ValueError, match="a row ends without a target, which may be padding"):
+        context_mask({"input_ids": torch.ones(2, 4)}, padded)
+    assert context_mask({"input_ids": torch.ones(1, 4)}, padded[1:]).tolist() == [[True, True, False, False]]
+
+
+def test_a_document_starts_where_positions_do_not_go_on() -> None:
+    """Not only at 0: some collators count from 1, and a chunk of a long document goes on where the last one ended."""
+    targets = torch.tensor([[-100, -100, 3, -100, -100, 3]])
+    for positions in ([0, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 3], [0, 1, 2, 7, 8, 9]):
+        found = context_mask({"position_ids": torch.tensor([positions])}, targets)
+        assert found.tolist() == [[True, True, False, True, True, False]]
+    targets[0, 2] = -100  # what would predict the next document's first token
+    for positions in ([0, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 3], [0, 1, 2, 7, 8, 9]):
+        found = context_mask({"position_ids": torch.tensor([positions])}, targets)
+        assert found.tolist() == [[True, True, False, True, True, False]]
 
 
 def test_placeholders_are_read_from_the_config_and_those_inside_it() -> None:
@@ -147,7 +169,10 @@ def test_placeholders_are_read_from_the_config_and_those_inside_it() -> None:
     model.config.image_token_id = 40
     model.config.video_token_index = 41
     model.config.text_config = {"audio_token_id": 42, "bos_token_id": 1}
-    assert placeholders_of(model) == (40, 41, 42)
+    model.config.image_patch_id = 43  # Molmo2
+    model.config.visual_indicator_token_ids = [44, 45]  # Ovis2
+    model.config.image_patch_size = 14
+    assert placeholders_of(model) == (40, 41, 42, 43, 44, 45)
 
 
 def test_samples_are_uniform_and_of_their_share() -> None:

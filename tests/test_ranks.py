@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from conftest import toy_llama
 from options import ALL_OPTIONS
 from ranks_trainer import FIGURES, train
+from ranks_vocabulary import trained, with_column_lora
 
 HERE = Path(__file__).resolve().parent
 
@@ -78,13 +80,13 @@ def test_the_trainer_logs_over_two_processes_what_it_does_in_one(tmp_path: Path)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_sharded_vocabulary_is_never_gathered(ranks: int) -> None:
-    """Tensor parallelism: every option's terms and gradients, and first steps of a sharded model; no rank makes the
-    whole vocabulary's logits. See ranks_vocabulary.py."""
+def test_a_sharded_vocabulary_is_never_gathered(ranks: int, tmp_path: Path) -> None:
+    """Tensor parallelism: every option's terms and gradients, and first steps of a sharded model, by hand and in
+    transformers' Trainer; no rank makes the whole vocabulary's logits. See ranks_vocabulary.py."""
     if ranks == 2:
         pytest.importorskip("transformers.distributed.tensor_parallel", reason="an older kind of tensor parallelism")
-    messages, functional, models = results_of(
-        launch(ranks, "ranks_vocabulary.py"), "MESSAGES ", "FUNCTIONAL ", "MODELS "
+    messages, functional, models, steps = results_of(
+        launch(ranks, "ranks_vocabulary.py"), "MESSAGES ", "FUNCTIONAL ", "MODELS ", "STEPS "
     )
     assert len(functional) == 2 * len(ALL_OPTIONS) + 2
     for name, case in functional.items():
@@ -103,6 +105,10 @@ def test_a_sharded_vocabulary_is_never_gathered(ranks: int) -> None:
         assert case["moved"] > 1e-3, name
         assert case["error"] < 1e-6, name
         assert case["width"] == 48, name  # of 96 tokens
+    alone = trained(with_column_lora(toy_llama(vocab_size=96), moved=0.2), str(tmp_path))
+    assert len(steps) == len(alone) == 2
+    for here, there in zip(steps, alone, strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
     assert "'model.embed_tokens.weight' is sharded or not loaded, so the base can't be" in messages["cached base"]
     assert "Load both with the same tensor parallelism" in messages["whole base"]
     assert "sharded (FSDP, ZeRO-3, tensor parallelism)" in messages["initial adapter"]

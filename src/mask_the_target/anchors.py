@@ -288,8 +288,8 @@ class AnchorCollator:
         share: of the batch's tokens that are anchors, on average.
 
     Raises:
-        ValueError: in the first batch, if its rows hold something that an anchor can't have (pixels), or if the
-            collator makes targets of the anchors.
+        ValueError: if rows hold something that an anchor can't have (pixels), or, in the first batch that is given an
+            anchor, if the collator makes targets of it.
     """
 
     collator: Callable[[list[Any]], dict[str, Any]]
@@ -327,7 +327,7 @@ class AnchorCollator:
             raise ValueError(
                 f"the collator can't pad labels, which anchors need, so that they are not learned ({error}). {REMEDY}"
             ) from error
-        if not self._checked:
+        if not self._checked and any(len(m) > len(p) for m, p in zip(mixed, parts, strict=True)):
             plain = [[dict(row) for row in part] for part in parts]
             self._check(batch, self.collator(plain if packed else plain[0]))
             self._checked = True

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -92,6 +92,9 @@ class Totals:
     excluded: Tensor | float = 0.0
     context_kl: Tensor | float = 0.0  # nats, not normalised
     context: Tensor | float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Totals)))
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ class Attachment:
             own = {id(p) for p in adapter_parameters(self.model)}
             others = [p for p in self.model.parameters() if id(p) not in own]
             self._frozen = [weakref.ref(p) for p in others if not p.requires_grad]
-        self._warned = False
+        self._warned: set[str] = set()
         self._running = False
         self.context_weight: float = self.options.context_weight
         self._placeholders = placeholders_of(self.model) if self.options.context_weight else ()
@@ -207,9 +210,10 @@ class Attachment:
 
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)  # binding takes it away again
         signature = signature.replace(parameters=[first, *signature.parameters.values()])
-        forward.__dict__.update(__signature__=signature, attachment=self)
+        forward.__dict__["__signature__"] = signature
         self._forward_method = types.MethodType(forward, self.model)
         self.model.forward = self._forward_method
+        _ATTACHED[id(self.model)] = self
 
     def __enter__(self) -> Attachment:
         return self
@@ -340,8 +344,8 @@ class Attachment:
             return
         if self.strict:
             raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
     def _check_step(self, kwargs: Mapping[str, Any]) -> None:
@@ -606,13 +610,8 @@ class Attachment:
         )
         if not rows.loss.requires_grad:
             return  # a look, not a step
-        totals = self.totals
-        totals.forwards += 1
-        totals.ce, totals.kl = totals.ce + ce, totals.kl + kl
-        totals.supervised, totals.excluded = totals.supervised + count, totals.excluded + excluded
-        totals.context_kl, totals.context = totals.context_kl + context_kl, totals.context + context_count
-        if full_kl is not None:
-            totals.full_kl = totals.full_kl + full_kl
+        of_all = 0.0 if full_kl is None else full_kl
+        self.totals = self.totals + Totals(1, ce, kl, of_all, count, excluded, context_kl, context_count)
 
 
 def attach(
@@ -660,6 +659,11 @@ def cache_of(base: Any) -> tuple[Any, CachedBase | None]:
     return (cached.base, cached) if isinstance(cached, CachedBase) else (base, None)
 
 
+# By the id of the inner causal LM, whose forward holds the attachment. Not found by way of that forward: what wraps it
+# later need not lead to it (TRL's wrapper names the class's own as what it wraps).
+_ATTACHED: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+
+
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`. Raises ValueError if nothing is attached."""
     attachment = attachment_of(inner_model(model))
@@ -670,14 +674,8 @@ def detach(model: nn.Module) -> None:
 
 def attachment_of(inner: nn.Module) -> Attachment | None:
     """The active attachment of an inner causal LM, also where other tools have wrapped its forward since."""
-    forward: Any = inner.__dict__.get("forward")
-    while forward is not None:
-        function = getattr(forward, "__func__", forward)
-        attachment = getattr(function, "attachment", None)
-        if isinstance(attachment, Attachment) and attachment._active and attachment.model is inner:
-            return attachment
-        forward = getattr(function, "__wrapped__", None)
-    return None
+    attachment = _ATTACHED.get(id(inner))
+    return attachment if attachment is not None and attachment._active and attachment.model is inner else None
 
 
 def inner_model(model: nn.Module) -> nn.Module:

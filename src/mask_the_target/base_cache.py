@@ -39,8 +39,9 @@ class BaseCache:
         self._base = base
         self._store: HiddenStates | None = None
         self._autocast: str | None = None
-        # Whether packed documents don't see each other, by what the batch says of its packing (a mask changes it).
-        self._isolated: dict[frozenset[str], bool] = {}
+        # Whether packed documents don't see each other, by what the batch says of its packing: a mask changes it, and
+        # flash attention tells documents by their positions in a batch of one row only.
+        self._isolated: dict[tuple[bool, frozenset[str]], bool] = {}
         self.expected = expected
         self._missed = 0
         self._off: str | None = None
@@ -72,8 +73,11 @@ class BaseCache:
         restarts, given = _restarts(inputs), _given(inputs)
         if restarts is not None and given not in self._isolated:
             proved = self._prove_isolation(inputs, supervised, restarts, compute)
-            if proved is not None:
-                self._isolated[given] = proved
+            if proved is None:
+                # Not to be told yet whether a document's hidden states are its own or those of its company, which
+                # another run may know of the same tokens.
+                return compute(inputs).to(store.dtype)
+            self._isolated[given] = proved
         documents, found = self._read(store, inputs, supervised)
         if found is not None:
             return found.to(supervised.device)
@@ -98,7 +102,7 @@ class BaseCache:
                 "the model is sharded (FSDP, ZeRO-3), and the base's fingerprint needs whole weights. To use it, fill "
                 "it before the model is wrapped (attachment.fill_cache)"
             )
-        alone = not self._depends_on_company(inputs)
+        alone = not self._depends_on_company(inputs) and (_restarts(inputs) is None or _given(inputs) in self._isolated)
         if store is not None and len(supervised) and alone and self._reason_against(inputs) is None:
             _, found = self._read(store, inputs, supervised)
         missing = torch.tensor(float(found is None), device=supervised.device)
@@ -249,8 +253,8 @@ def _longest_alone(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _given(inputs: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(name for name, value in inputs.items() if value is not None)
+def _given(inputs: Mapping[str, Any]) -> tuple[bool, frozenset[str]]:
+    return len(inputs["input_ids"]) == 1, frozenset(name for name, value in inputs.items() if value is not None)
 
 
 def _is_flag(value: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mask_the_target.objective import IGNORE_INDEX
 
-_PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech)\w*_token_(id|index)")
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|visual|speech)\w*_(token|patch)_(id|index)s?")
 
 
 def context_mask(
@@ -27,8 +27,8 @@ def context_mask(
     placeholders of images and sounds with the positions that would predict them.
 
     Args:
-        inputs: of the model's forward: attention_mask ``[B, T]``, position_ids (0 where a document starts) and
-            input_ids, as far as there are any.
+        inputs: of the model's forward: attention_mask ``[B, T]``, position_ids (a document starts where they don't
+            grow by one, or are 0 on all axes where they have several) and input_ids, as far as there are any.
         targets: ``[B, T]``, -100 where there is none.
         placeholders: token ids, see :func:`placeholders_of`.
         shifted: position t predicts token t + 1; False for models that don't shift their labels.
@@ -45,6 +45,13 @@ def context_mask(
         )
     if positions is None and any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
         raise ValueError("context_weight needs position_ids to tell packed documents apart. Add them to the batch.")
+    if mask is None and positions is None:
+        last = targets.shape[1] - 1 - shifted  # the last one that can have a target
+        if last >= 0 and (targets[:, last] == IGNORE_INDEX).any():
+            raise ValueError(
+                "context_weight needs to know which positions are real: a row ends without a target, which may be "
+                "padding, and the batch has no attention mask. Give a mask of 0 and 1 (of ones, if nothing is padded)."
+            )
     real = mask.bool() if isinstance(mask, Tensor) else torch.ones_like(targets, dtype=torch.bool)
     real = real.to(targets.device)
     found = real & (targets == IGNORE_INDEX)
@@ -56,10 +63,11 @@ def context_mask(
         next_is_real = torch.zeros_like(real)
         next_is_real[:, :-1] = (real & ~outside)[:, 1:]
         if isinstance(positions, Tensor):
-            starts = (
-                (positions == 0).reshape(-1, *positions.shape[-2:]).all(0).expand_as(real)
-            )  # [axes, B, T] of images
-            next_is_real[:, :-1] &= ~starts[:, 1:].to(real.device)
+            if positions.dim() > 2:  # [axes, B, T] of images
+                starts = (positions == 0).all(0)[:, 1:]
+            else:
+                starts = positions[:, 1:] != positions[:, :-1] + 1
+            next_is_real[:, :-1] &= ~starts.expand(len(real), -1).to(real.device)
         found &= next_is_real
     return found
 
@@ -69,13 +77,9 @@ def placeholders_of(model: nn.Module) -> tuple[int, ...]:
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     nested = [values, *(value for value in values.values() if isinstance(value, dict))]
-    found = {
-        value
-        for part in nested
-        for name, value in part.items()
-        if _PLACEHOLDER.fullmatch(str(name)) and type(value) is int
-    }
-    return tuple(sorted(found))
+    named = [value for part in nested for name, value in part.items() if _PLACEHOLDER.fullmatch(str(name))]
+    each = [id for value in named for id in (value if isinstance(value, (list, tuple)) else [value])]
+    return tuple(sorted({id for id in each if type(id) is int}))
 
 
 def sample(positions: Tensor, tokens: int | None, of: Tensor | int, generator: torch.Generator) -> Tensor:

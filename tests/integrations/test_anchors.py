@@ -28,6 +28,7 @@ from conftest import toy_llama, with_lora
 from integrations.test_transformers import CHATS, _arguments, _logged, _tokenizer
 from mask_the_target import TMKL, Anchors, TMKLCallback
 from mask_the_target.anchors import AnchorCollator, load_anchors, save_anchors, write_anchors
+from mask_the_target.attach import Totals, attach
 from mask_the_target.base import adapters_off
 from mask_the_target.budget import PATIENCE, DriftBudget
 from reference import reference_loss
@@ -244,6 +245,10 @@ def test_collators_and_rows_that_anchors_do_not_fit_are_refused() -> None:
         AnchorCollator(causal, [[10, 11, 12]], 0.5)([{"input_ids": [5, 6, 7]}])
     with pytest.raises(ValueError, match=r"the collator can't pad labels, .*DataCollatorForSeq2Seq"):
         AnchorCollator(causal, [[10, 11, 12]], 0.6)([{"input_ids": [5, 6, 7, 8, 9]}])
+    late = AnchorCollator(causal, [[10] * 8], 0.2)
+    assert len(late([{"input_ids": [5, 6]}])["labels"]) == 1  # no anchor in this batch, and nothing to see
+    with pytest.raises(ValueError, match=r"makes \d+ targets of the anchors' tokens"):
+        [late([{"input_ids": torch.randint(3, 47, (8,)).tolist()}]) for _ in range(100)]
     with pytest.raises(ValueError, match="their rows hold pixel_values, which an anchor of text alone"):
         AnchorCollator(_collate, [[10, 11]], 0.5)([{"input_ids": [5, 6], "labels": [5, 6], "pixel_values": 1}])
 
@@ -433,6 +438,48 @@ def test_a_budget_is_met_from_any_start_and_kept_in_checkpoints(tmp_path: Path, 
     for entry, other in zip(logs[7:20], _logged(on)[-13:], strict=True):
         assert entry["step"] == other["step"]
         assert other["context_weight"] == pytest.approx(entry["context_weight"], rel=1e-4)
+
+
+def test_a_step_that_is_no_number_is_left_out_of_the_budget_and_stays_in_the_log() -> None:
+    callback = TMKLCallback(TMKL(context_weight=1.0), max_drift=0.01)
+    with attach(with_lora(toy_llama()), TMKL(context_weight=1.0)) as attachment:
+        found = []
+        for kl in (1.0, float("nan"), 2.0, 2.0):
+            attachment.totals = attachment.totals + Totals(
+                forwards=1, context_kl=torch.tensor(kl), context=torch.tensor(10)
+            )
+            found.append(callback._step_kl(attachment))
+    assert found == pytest.approx([0.1, float("nan"), 0.2, 0.2], nan_ok=True)
+    assert callback._totals.forwards == 4
+    assert torch.isnan(torch.as_tensor(callback._totals.context_kl))
+
+
+def test_a_budget_lies_in_the_checkpoint_of_a_searchs_trial_and_is_read_where_the_run_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    rows = [{"prompt": p, "completion": c} for p, c in CHATS]
+    options = TMKL(weight=0.0, context_weight=1.0)
+    more: dict[str, Any] = {"completion_only_loss": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+
+    def trainer(folder: str, **changes: Any) -> SFTTrainer:
+        return _sft(tmp_path / folder, rows, TMKLCallback(options, max_drift=1e-6), **(more | changes))
+
+    search = trainer("search")
+    model = search.model
+    search.model_init = lambda trial: model
+    search.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        n_trials=1,
+        backend="optuna",
+        compute_objective=lambda metrics: metrics["eval_loss"],
+    )
+    files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("drift_budget.json")]
+    assert files == ["search/run-0/checkpoint-2/drift_budget.json"]
+    kept = json.loads((tmp_path / files[0]).read_text())
+    on = trainer("elsewhere", max_steps=3, save_strategy="no")
+    on.train(resume_from_checkpoint=str(tmp_path / "search/run-0/checkpoint-2"))
+    assert _logged(on)[-1]["step"] == 3
+    budget = DriftBudget(**kept)
+    assert on.callback_handler.callbacks[0]._budget.steps == budget.steps + 1
 
 
 def test_a_budget_that_can_not_be_met_is_said(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
-from mask_the_target.attach import attachment_of, unwrap
+from mask_the_target.attach import attach, attachment_of, detach, unwrap
 from reference import reference_loss
 
 ROWS = [{k: v[i].tolist() for k, v in batch(rows=8, length=12, seed=s).items()} for s in range(2) for i in range(8)]
@@ -47,7 +47,9 @@ def _arguments(tmp_path: Path, kind: type = TrainingArguments, **kwargs: Any) ->
     return kind(**(settings | kwargs))
 
 
-def _trainer(tmp_path: Path, model: nn.Module, callback: TMKLCallback, cls: type = Trainer, **kwargs: Any) -> Trainer:
+def _trainer(
+    tmp_path: Path, model: nn.Module, callback: TrainerCallback, cls: type = Trainer, **kwargs: Any
+) -> Trainer:
     dataset = kwargs.pop("train_dataset", ROWS)
     trainer_kwargs = {k: kwargs.pop(k) for k in ("compute_loss_func", "eval_dataset") if k in kwargs}
     return cls(
@@ -501,6 +503,58 @@ def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     other.train()
     assert _logged(other)[-1]["kl"] > 0
     assert attachment_of(unwrap(other.model)[0]) is None
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_training_that_fails_gives_the_model_back(tmp_path: Path, error: type[BaseException], late: bool) -> None:
+    """The next one, without TMKL, is plain; a new SFTTrainer wraps the model's forward once more."""
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                inner.register_forward_pre_hook(fail)
+
+    def fail(*inputs: Any) -> None:
+        raise error("out of memory")
+
+    model = with_lora(toy_llama(), moved=0.2)
+    inner = unwrap(model)[0].model
+    trainer = _trainer(tmp_path, model, Fail() if late else TMKLCallback())
+    trainer.add_callback(TMKLCallback() if late else Fail())
+    with pytest.raises(error, match="out of memory"):
+        trainer.train()
+    assert attachment_of(unwrap(model)[0]) is None
+    inner._forward_pre_hooks.clear()
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "max_steps": 1}
+    for callbacks in ([], [TMKLCallback()]):
+        following = SFTTrainer(
+            model=model,
+            args=_arguments(tmp_path, SFTConfig, **settings),
+            train_dataset=Dataset.from_list(ROWS),
+            data_collator=_collate,
+            processing_class=_tokenizer(),
+            callbacks=callbacks,
+        )
+        following.train()
+        assert ("kl" in _logged(following)[-1]) == bool(callbacks)
+
+
+def test_an_attachment_is_found_under_trls_wrapper() -> None:
+    """Left by a loop of the user's own. TRL's wrapper names the class's forward as what it wraps."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL computes the head in its trainer")
+    model = with_lora(toy_llama())
+    attachment = attach(model)
+    utils.add_fused_lm_head(unwrap(model)[0])
+    assert attachment_of(unwrap(model)[0]) is attachment
+    assert attachment_of(copy.deepcopy(unwrap(model)[0])) is None
+    with pytest.warns(UserWarning, match="the wrapper stays in place; TMKL's part of it is off"):
+        detach(model)
+    assert attachment_of(unwrap(model)[0]) is None
+    with pytest.raises(ValueError, match="TMKL is not attached"):
+        detach(model)
 
 
 @pytest.mark.parametrize("cls", [Trainer, SFTTrainer])

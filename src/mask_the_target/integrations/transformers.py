@@ -7,6 +7,7 @@ optimiser step proves that the loss which the trainer backpropagates is ours, or
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -50,8 +51,7 @@ class TMKLCallback(TrainerCallback):
             is then what the weight begins with. It is logged as ``context_weight``, kept in checkpoints, and the same
             on every rank; a budget that was not met is said at the end. See :mod:`~mask_the_target.budget`.
 
-    The model is detached when training ends. An interrupted ``train()`` leaves it attached; the next one takes over,
-    and ``mask_the_target.detach(model)`` gives the model back.
+    The model is detached when training ends, also where ``train()`` is interrupted or fails.
 
     Raises:
         ValueError: at once for anchors or a budget without a ``context_weight``; when the trainer is built, for what
@@ -83,7 +83,7 @@ class TMKLCallback(TrainerCallback):
         self._anchor_tokens = 0
         self.max_drift = max_drift
         self._budget = None if max_drift is None else DriftBudget(max_drift, options.context_weight)
-        self._spent = (0.0, 0.0)
+        self._totals = Totals()  # of the steps since the last log that a budget has taken from the attachment's
         self.options = options
         self.full_kl = full_kl
         self._choice, self._cached = cache_of(base)
@@ -96,6 +96,8 @@ class TMKLCallback(TrainerCallback):
         self._value_known = True
         self._steps = 0
         self._stop_counting: Callable[[], None] | None = None
+        self._guarded: Any = None  # the trainer whose training gives the model back when it fails
+        self._checkpoint: Any = None  # what it was told to go on from
 
     @property
     def attachment(self) -> Attachment | None:
@@ -110,6 +112,7 @@ class TMKLCallback(TrainerCallback):
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **keep}
         log_before_reporters(self)
         trainer = _calling_trainer()
+        self._release_on_error(trainer, "train")
         if hasattr(trainer, "_tag_names"):  # what TRL's model card is tagged with
             trainer._tag_names = [*trainer._tag_names, "tmkl"]
         model = kwargs.get("model")
@@ -123,6 +126,25 @@ class TMKLCallback(TrainerCallback):
             if self._base is not None and self._base.kind == "initial" and (trainer.is_fsdp_enabled or zero3):
                 raise ValueError(INITIAL_IS_SHARDED)
             self._attach_before_sharding(trainer)
+
+    def _release_on_error(self, trainer: Any, name: str) -> None:
+        """Trainers tell callbacks nothing of an exception, and the next training on the model, without TMKL, would be
+        regularised without a word."""
+        if trainer is None or self._guarded is trainer:
+            return
+        self._guarded, run = trainer, getattr(trainer, name)
+
+        @functools.wraps(run)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if name == "train":
+                self._checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            try:
+                return run(*args, **kwargs)
+            except BaseException:
+                self._release()
+                raise
+
+        setattr(trainer, name, guarded)
 
     def _attach_before_sharding(self, trainer: Any) -> None:
         """FSDP and DeepSpeed take the weights apart before ``on_train_begin``; attaching needs them whole."""
@@ -161,7 +183,11 @@ class TMKLCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._budget is not None and state.is_world_process_zero:
-            write_whole(_budget_file(args, state), json.dumps(asdict(self._budget)).encode())
+            trainer = _calling_trainer()  # whose folder is another in each trial of a search
+            trial = getattr(trainer, "_trial", None)
+            folder = args.output_dir if trainer is None else trainer._get_output_dir(trial=trial)
+            file = _budget_file(Path(folder or ".") / f"checkpoint-{state.global_step}")
+            write_whole(file, json.dumps(asdict(self._budget)).encode())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +195,7 @@ class TMKLCallback(TrainerCallback):
         _check_arguments(args)
         if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
+        self._release_on_error(_calling_trainer(), "training_step")  # of a callback that came later than the trainer
         if not self._ahead:
             self._attach(kwargs["model"], args, resumed=state.global_step > 0)
         self._ahead = False
@@ -178,8 +205,12 @@ class TMKLCallback(TrainerCallback):
             expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
             cache.expected = None if expected is None else expected + self._anchor_tokens
         if self.max_drift is not None:
-            self._budget = _resumed(DriftBudget(self.max_drift, self.options.context_weight), args, state)
-            self._attachment.context_weight, self._spent = self._budget.weight, (0.0, 0.0)
+            newest = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            folder = Path(self._checkpoint) if isinstance(self._checkpoint, (str, Path)) else newest
+            self._budget = DriftBudget(self.max_drift, self.options.context_weight)
+            if state.global_step:
+                self._budget = _resumed(self._budget, _budget_file(folder))
+            self._attachment.context_weight, self._totals = self._budget.weight, Totals()
         if self.options.context_weight:
             self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
@@ -233,18 +264,19 @@ class TMKLCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
         if self._attachment is not None and self._budget is not None:
-            kl = self._step_kl(self._attachment.totals)
+            kl = self._step_kl(self._attachment)
             if kl is not None:
                 self._attachment.context_weight = self._budget.update(kl)
         if self._attachment is not None and self._attachment.on_backward is not None and self._steps == 1:
             # The value of the loss is proved at the first log: make it this step's, before there is much to lose.
             control.should_log = control.should_log or args.logging_strategy != "no"
 
-    def _step_kl(self, totals: Totals) -> float | None:
+    def _step_kl(self, attachment: Attachment) -> float | None:
         """The mean KL of the step's context positions, over all ranks; None without any. It waits for the device."""
-        *_, kl, positions, _, _ = _sum_over_ranks(totals, 0.0)
-        before, self._spent = self._spent, (kl, positions)
-        return (kl - before[0]) / (positions - before[1]) if positions > before[1] else None
+        step, attachment.totals = attachment.totals, Totals()
+        self._totals = self._totals + step  # apart, so that a step that isn't finite is in no later one's mean
+        *_, kl, positions, _, _ = _sum_over_ranks(step, 0.0)
+        return kl / positions if positions else None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -260,10 +292,12 @@ class TMKLCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._attachment is None or logs is None or "loss" not in logs or self._attachment.totals.forwards == 0:
+        if self._attachment is None or logs is None or "loss" not in logs:
             return
-        totals, self._attachment.totals = self._attachment.totals, Totals()
-        self._spent = (0.0, 0.0)
+        totals = self._totals + self._attachment.totals
+        if totals.forwards == 0:
+            return
+        self._totals, self._attachment.totals = Totals(), Totals()
         proof = self._first_step
         *sums, backpropagated, ranks = _sum_over_ranks(totals, 0.0 if proof is None else proof.backpropagated)
         ce, kl, full_kl, supervised, excluded, context_kl, context = sums
@@ -283,16 +317,13 @@ class TMKLCallback(TrainerCallback):
                 _check_logged(float(logs["loss"]), backpropagated / ranks / self._steps, self._steps)
 
 
-def _budget_file(args: TrainingArguments, state: TrainerState) -> Path:
+def _budget_file(checkpoint: Path) -> Path:
     # Not in trainer_state.json: what is an ExportableState there is built anew, without our options, on restoring.
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / "drift_budget.json"
+    return checkpoint / "drift_budget.json"
 
 
-def _resumed(budget: DriftBudget, args: TrainingArguments, state: TrainerState) -> DriftBudget:
+def _resumed(budget: DriftBudget, file: Path) -> DriftBudget:
     """The budget as it was at the checkpoint that the trainer goes on from, with the limit that is asked for now."""
-    if not state.global_step:
-        return budget
-    file = _budget_file(args, state)
     if not file.is_file():
         warnings.warn(f"max_drift: there is no {file}, so the weight begins again at {budget.weight:g}.", stacklevel=2)
         return budget
@@ -421,7 +452,8 @@ def _count_context(trainer: Any, attachment: Attachment) -> Callable[[], None]:
             count = torch.tensor([here], device=trainer.args.device)
             if trainer.args.average_tokens_across_devices:
                 count = trainer.accelerator.gather(count)
-            attachment.step_counts = (num_items, count.sum())
+            # Ranks that share a batch (tensor, context and sequence parallelism) count it once, as the trainer does.
+            attachment.step_counts = (num_items, count.sum() // _ranks_of_a_batch(trainer))
         return batches, num_items
 
     def restore() -> None:
@@ -432,6 +464,14 @@ def _count_context(trainer: Any, attachment: Attachment) -> Callable[[], None]:
 
     trainer.get_batch_samples = get_batch_samples
     return restore
+
+
+def _ranks_of_a_batch(trainer: Any) -> int:
+    """How many ranks are given the same batch; transformers 4 asks accelerate, and 5 its trainer."""
+    asked = [getattr(trainer, name, None) for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
+    if any(asked):
+        return math.prod(size() for size in asked if size is not None)
+    return getattr(getattr(trainer.accelerator, "parallelism_config", None), "non_data_parallel_size", 1)
 
 
 def _sum_over_ranks(totals: Totals, backpropagated: Tensor | float) -> list[float]:
