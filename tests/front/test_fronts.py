@@ -155,6 +155,22 @@ def test_seeds_are_compared_by_the_settings_that_all_have() -> None:
     assert compare(apart)["r"]["methods"]["tmkl"]["against"] == expected["methods"]["tmkl"]["against"]
 
 
+def test_seeds_are_compared_by_options_too() -> None:
+    """As above where the further run is of the same grid's setting and differs in what the method fixes."""
+    options = {"tmkl_weight": 1.0, "base": "off"}
+    same = [
+        result("ce", 0, (2.0, 0.4)),
+        result("ce", 1, (2.0, 0.4)),
+        result("tmkl", 0, (3.0, 0.0)) | {"options": options},
+        result("tmkl", 1, (2.5, 0.1)) | {"options": options | {"base": "cached"}},  # which is no other run
+    ]
+    more = [*same, result("tmkl", 0, (2.0, 0.0)) | {"options": options | {"tmkl_weight": 0.3}}]
+    expected, found = (compare(results)["r"]["methods"]["tmkl"] for results in (same, more))
+    assert expected["hypervolume"]["n"] == 2
+    for name in ("hypervolume", "learned_within", "against"):
+        assert found[name] == expected[name]
+
+
 def test_compare_says_which_method_is_missing() -> None:
     with pytest.raises(ValueError, match="r: no measured result of the method 'full_kl'; methods: ce"):
         compare([result("ce", 0, (2.0, 0.4))], against=["full_kl"])
@@ -186,3 +202,18 @@ def test_by_score_takes_the_share_of_the_bases_score_that_is_gone() -> None:
     assert figures["methods"]["tmkl"]["hypervolume"]["mean"] == pytest.approx(1.0)
     assert by_score(results, "facts", "logprob") == []  # a base of nothing has no share to lose
     assert by_score(results, "instructions", "followed") == []
+
+
+def test_by_score_has_one_base_for_all_runs_of_a_recipe() -> None:
+    """Plain CE's base is measured as 0.4 and 0.6, another machine's as 0.8: all lose the same by 0.5."""
+
+    def scored(method: str, seed: int, base: float, score: float, recipe: str = "r") -> dict[str, Any]:
+        found = result(method, seed, (2.0, 9.0)) | {"recipe": recipe}
+        found["base"]["facts"] = {"greedy": base}
+        found["points"][0]["probes"] = {"facts": {"greedy": score}}
+        return found
+
+    runs = [scored("ce", 0, 0.4, 0.25), scored("ce", 1, 0.6, 0.25), scored("tmkl", 0, 0.8, 0.25)]
+    alone = scored("tmkl", 0, 1.0, 0.25, recipe="without plain CE")
+    rises = [found["points"][0]["rise"] for found in by_score([*runs, alone], "facts", "greedy")]
+    assert rises == pytest.approx([0.5, 0.5, 0.5, 0.75])

@@ -603,9 +603,12 @@ def test_a_study_sweeps_a_rivals_strength(config: Path, tmp_path: Path, model: P
         with pytest.raises(ValueError, match=r"study\.yaml: ") as error:
             read_study(study(**bad))
         assert message in str(error.value)
-    for adapter, checkpoints, scales, note in (
-        ("vera", [0.25, 0.5, 1.0], [], NOT_SCALED),
-        ("pissa", [1.0], [0.5, 0.75], AT_ITS_END),
+    for changes, checkpoints, scales, note in (
+        ({"method": "ewc", "adapter": "vera"}, [0.25, 0.5, 1.0], [], NOT_SCALED),
+        ({"method": "ewc", "adapter": "pissa"}, [1.0], [0.5, 0.75], AT_ITS_END),
+        ({"method": "ce", "adapter": "dora"}, [0.25, 0.5, 1.0], [], NOT_SCALED),
+        ({"method": "ce", "use_dora": True}, [0.25, 0.5, 1.0], [], NOT_SCALED),
+        ({"method": "ce", "lora_modules_to_save": ["lm_head"]}, [0.25, 0.5, 1.0], [], NOT_SCALED),
     ):
-        (trial, *_) = read_study(study(method="ewc", adapter=adapter)).parts()["rivals/arpabet/held"]
+        (trial, *_) = read_study(study(**changes)).parts()["rivals/arpabet/held"]
         assert (trial.checkpoints, trial.scales, trial.notes) == (checkpoints, scales, [note])

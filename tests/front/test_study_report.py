@@ -350,6 +350,43 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert "paired difference in hypervolume:" not in found.text
 
 
+def test_one_seed_of_a_method_and_two_of_another(tmp_path: Path) -> None:
+    """Neither caution hides the other, and two seeds are no verdict."""
+    results = [r for r in studies.study() if not (r["seed"] == 2 and r["method"] == "full_kl")]
+    found = report(tmp_path, [r for r in results if r["seed"] == 0 or r["method"] != "tmkl"])
+    assert "Where a method has a single seed, there is no interval" in found.text
+    assert "With 2 seeds a bootstrap interval is too narrow" in found.text
+    assert "hypervolume: two seeds, too few to say: full_kl." in found.text
+
+
+def test_prevented_is_of_plain_ce_with_the_same_adapter_and_options(tmp_path: Path) -> None:
+    """By hand: the rise of a text's perplexity of each against that of the run that differs in the objective alone."""
+    named = {
+        "ce": {"method": "ce", "adapter": "lora"},
+        "tmkl": {"method": "tmkl", "adapter": "lora"},
+        "pissa-ce": {"method": "ce", "adapter": "pissa"},
+        "pissa-tmkl": {"method": "tmkl", "adapter": "pissa"},
+        "vera-tmkl": {"method": "tmkl", "adapter": "vera"},  # whose plain CE was not run
+    }
+    keeps = {"ce": 0.0, "tmkl": 0.6, "pissa-ce": -1.0, "pissa-tmkl": 0.2, "vera-tmkl": 0.5}
+    results = [
+        studies.trial("arpabet", name, {}, 0, keep=keeps[name], options=options) for name, options in named.items()
+    ]
+    rows = report(tmp_path, results).table("arpabet", "As the paper sums it up: each run at its end")
+    found = {row["method"]: row["Bible: prevented"] for row in rows}
+    drifts = {
+        name: math.expm1(run["points"][2]["probes"]["text:bible"]["loss"] - run["base"]["text:bible"]["loss"])
+        for name, run in zip(named, results, strict=True)
+    }
+    assert found == {
+        "ce": "–",
+        "tmkl": f"{1 - drifts['tmkl'] / drifts['ce']:.1%}",
+        "pissa-ce": "–",
+        "pissa-tmkl": f"{1 - drifts['pissa-tmkl'] / drifts['pissa-ce']:.1%}",
+        "vera-tmkl": "–",
+    }
+
+
 def test_without_plain_ce_there_are_fronts_and_a_sentence(tmp_path: Path) -> None:
     found = report(tmp_path, [result for result in studies.study() if result["method"] != "ce"])
     assert "There is no measured run of a method named 'ce' (plain cross-entropy)" in found.text
@@ -627,10 +664,13 @@ def test_a_formula_is_text_in_a_spreadsheet(tmp_path: Path) -> None:
     results = studies.study(seeds=(0,))
     for result in only(results, method="tmkl"):
         result["method"] = '=HYPERLINK("https://example.org")'
+        for point in result["points"]:
+            point["probes"]["=1+1"] = {"loss": 1.0}  # a name in the header
     report(tmp_path, results)
     with (tmp_path / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"ce", "full_kl", '\'=HYPERLINK("https://example.org")'}
+    assert "'=1+1.loss" in rows[0]
 
 
 # -------------------------------------------------------------------------------------------------- in a browser

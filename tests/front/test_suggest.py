@@ -328,7 +328,7 @@ def test_anchors_may_be_the_choice_and_are_a_config_of_mtt_train(model: Path, tm
     chosen = choose(outcomes([trial]), base_loss=5.0, tolerance=0.01)
     assert chosen.name == "full KL on anchors that the base writes, weight 1, learning rate 0.01"
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen)))
+    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen, tmp_path)))
     found = parse([str(file)]).tmkl
     assert (found.anchors, found.tmkl_weight, found.tmkl_context_weight) == ("auto", 0.0, 1.0)
 
@@ -346,9 +346,28 @@ def test_the_prompts_kl_may_be_the_choice_and_is_a_config_of_mtt_train(tmp_path:
     )
     assert set(pilot.study.methods) == {"ce", "tmkl", "context", "both"}
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen)))
+    file.write_text(yaml.safe_dump(suggest._config(pilot, chosen, tmp_path)))
     found = parse([str(file)]).tmkl
     assert (found.method, found.tmkl_weight, found.tmkl_context_weight) == ("tmkl", 0.0, 1.0)
+
+
+def test_the_config_is_what_the_pilot_trained(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what `--set` changed of a method or of the data; with none that keeps within, it is not sure."""
+    rows = [{"prompt": f"{word} is", "completion": f" {word}"} for word in WORDS[:20]]
+    argv = command(model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    changes = ["methods.ce=null", "methods.tmkl.tmkl_divergence=reverse", "data.yours.text=[prompt, completion]"]
+    changes += ["methods.anchors=null", "methods.tmkl.grid.tmkl_weight=[0.5]", "train.max_length=8", "seeds=[0, 1]"]
+    argv += [part for change in changes for part in ("--set", change)]
+    assert main([*argv, "--tolerance", "0"]) == 0
+    found = parse([str(tmp_path / "out" / "suggestion.yaml")])
+    assert found.tmkl.tmkl_divergence == "reverse"
+    text = json.loads(Path(str(found.script.dataset_name)).read_text(encoding="utf-8").split("\n")[0])["text"]
+    assert text == f"{rows[0]['prompt']}\n\n{rows[0]['completion']}"
+    printed = capsys.readouterr().out
+    assert "Pilot of 3 steps, 2 seeds:" in printed
+    suggestion = json.loads((tmp_path / "out" / "suggestion.json").read_text())
+    assert (suggestion["sure"] == "low") == (suggestion["expected"]["run"] > 0)
+    assert len(suggestion["doubts"]) == (suggestion["expected"]["run"] > 0)
 
 
 def test_doubts(tmp_path: Path, model: Path) -> None:
@@ -377,6 +396,7 @@ BAD = [
     (["--data", "recipe:arpabets"], "the pilot: recipes: unknown recipe 'arpabets'. Did you mean 'arpabet'?"),
     (["--data", "none.jsonl"], "There is no data file 'none.jsonl'"),
     (["--set", "train.max_stesp=2"], "the pilot: train: unknown option 'max_stesp'. Did you mean 'max_steps'?"),
+    (["--set", "methods.ce.grid.lora_r=[4, 8]"], "methods.ce of the pilot varies 'lora_r', and what is suggested are"),
     (["--model", "no/model-here"], "The model 'no/model-here' cannot be found or read"),
 ]
 

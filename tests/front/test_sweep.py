@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from transformers import TrainerCallback
 
 from front.test_train import make_model
 from mask_the_target.cli import main
-from mask_the_target.front import queue, sweep
+from mask_the_target.front import evaluate, queue, sweep
 from mask_the_target.front.backbones import load_model
-from mask_the_target.front.evaluate import SIZES, evaluate_one
+from mask_the_target.front.evaluate import SIZES, evaluate_one, fast_bfloat16
 from mask_the_target.front.fronts import compare
 from mask_the_target.front.study import Study, read_study
 
@@ -117,7 +118,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
-from mask_the_target.front import queue, sweep
+from mask_the_target.front import evaluate, queue, sweep
 from mask_the_target.front.study import read_study
 
 torch.set_num_threads(1)
@@ -208,6 +209,29 @@ def test_the_page_of_a_real_study(whole: tuple[Path, list[dict[str, Any]]], tmp_
     assert "Only one seed (0) was run" in text
     assert len((tmp_path / "page.csv").read_text(encoding="utf-8").splitlines()) == 1 + 9
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_the_base_is_measured_anew_in_another_precision(
+    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that multiplies bfloat16 fast measures in it, and compares with a base in the same."""
+    folder, results = whole
+    (trial, *_) = read(folder, content(Path(results[0]["model"]))).parts()["toy/arpabet/ce"]
+    assert {result["measured_in"] for result in results} == {"bfloat16" if fast_bfloat16("cpu") else "float32"}
+    calls = []
+
+    def base(fast: bool) -> Any:
+        monkeypatch.setattr(evaluate, "fast_bfloat16", lambda device: fast)
+        model = torch.nn.Linear(2, 2)
+
+        def evaluate_probes(probes: list[str]) -> dict[str, Any]:
+            calls.append(fast)
+            return {probe: {"loss": float(fast)} for probe in probes}
+
+        return sweep._base(trial, tmp_path, evaluate_probes, lambda model: nullcontext(), model)["target"]["loss"]
+
+    assert [base(False), base(True), base(False), base(True)] == [0.0, 1.0, 0.0, 1.0]
+    assert calls == [False, True]
 
 
 def test_again_runs_nothing_and_more_seeds_only_the_new_ones(

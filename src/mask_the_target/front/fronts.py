@@ -12,8 +12,8 @@ Hypervolume: the area that a front dominates, as a share of the box between base
 so 0 is the base, or plain CE at its best alone, and 1 is all of CE's learning with nothing lost. A front that learns
 more than CE can be above 1. One that lowers the text loss has lost nothing, and no more than that: on near sets, where
 plain CE loses next to nothing, the rest would be all of the number. CE's best is the mean over seeds. Seeds are
-compared by the settings that all of a method's seeds have, where there are any, so that a seed for which more settings
-were run has no larger front for that.
+compared by the settings and options that all of a method's seeds have, where there are any, so that a seed for which
+more was run has no larger front for that.
 """
 
 from __future__ import annotations
@@ -68,16 +68,23 @@ def points_of(results: Iterable[Mapping[str, Any]]) -> list[Point]:
     ]
 
 
-def by_score(results: Iterable[Mapping[str, Any]], probe: str, metric: str) -> list[dict[str, Any]]:
+def by_score(results: Iterable[Mapping[str, Any]], probe: str, metric: str, plain: str = "ce") -> list[dict[str, Any]]:
     """The results with another measure of what was lost: for `rise`, the share of the base's score that is gone.
 
-    That is 1 - score / base's score, for a metric of a probe of which higher is better. Points at which the probe was
-    not measured are left out, and results without it.
+    That is 1 - score / base's score, for a metric of a probe of which higher is better. The base's score is one for all
+    runs of a recipe: the mean over those of the method `plain`, or of all where it has none. Another machine may give
+    the base a question more or less of a few tens, which would move a whole front. Points at which the probe was not
+    measured are left out, and results without it.
     """
+    every = [result for result in results if result.get("base", {}).get(probe, {}).get(metric) is not None]
+    scored: dict[str, dict[bool, list[float]]] = {}
+    for result in every:
+        both = scored.setdefault(result["recipe"], {True: [], False: []})
+        both[result["method"] == plain].append(result["base"][probe][metric])
+    bases = {recipe: float(np.mean(both[True] or both[False])) for recipe, both in scored.items()}
     found = []
-    for result in results:
-        base = result.get("base", {}).get(probe, {}).get(metric)
-        if base:
+    for result in every:
+        if base := bases[result["recipe"]]:
             scores = [(point, point.get("probes", {}).get(probe, {}).get(metric)) for point in result["points"]]
             points = [{**point, "rise": 1 - score / base} for point, score in scores if score is not None]
             found.append({**result, "points": points})
@@ -193,11 +200,13 @@ def _methods(results: Sequence[Mapping[str, Any]], box: Box, against: Sequence[s
 
 
 def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Point]]:
-    """The points of each seed that has any, of the settings that all of these seeds have, if there are such."""
+    """The points of each seed that has any, of the settings and options that all of these seeds share, if there are
+    such. Where the base's hidden states come from is not asked: it changes nothing."""
     settings: dict[int, dict[str, list[Point]]] = {}
     for result in results:
         if points := points_of([result]):
-            name = json.dumps(result["setting"], sort_keys=True, default=str)
+            options = {key: value for key, value in result.get("options", {}).items() if key != "base"}
+            name = json.dumps([result["setting"], options], sort_keys=True, default=str)
             settings.setdefault(result["seed"], {}).setdefault(name, []).extend(points)
     shared = set.intersection(*map(set, settings.values())) if settings else set()
     return {

@@ -18,10 +18,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
-from mask_the_target.front.results import Result, text_drifts
+from mask_the_target.front.results import Result, is_plain, plain_key, text_drifts
 from mask_the_target.front.study import Study, check_known
 
 ROW = ("method", "setting", "target", "drift", "prevented")
@@ -70,9 +69,9 @@ def measured(results: Sequence[Result]) -> list[dict[str, Any]]:
         if result["status"] == "complete":
             groups.setdefault(_group(result["recipe"], result["method"], result["setting"]), []).append(result)
     plain = {
-        _plain_key(group[0]): {text: statistics.fmean(values) for text, values in _drifts(group).items()}
+        plain_key(group[0]): {text: statistics.fmean(values) for text, values in _drifts(group).items()}
         for group in groups.values()
-        if group[0]["options"].get("method") == "ce"
+        if is_plain(group[0])
     }
     rows = []
     for group in groups.values():
@@ -84,8 +83,8 @@ def measured(results: Sequence[Result]) -> list[dict[str, Any]]:
             "drift": {text: _spread([100 * value for value in values]) for text, values in drifts.items()},
             "prevented": {},
         }
-        for text, lost in plain.get(_plain_key(first), {}).items():
-            if lost > 0 and first["options"].get("method") != "ce":
+        for text, lost in plain.get(plain_key(first), {}).items():
+            if lost > 0 and not is_plain(first):
                 row["prevented"][text] = _spread([100 * (1 - value / lost) for value in drifts[text]])
         rows.append(row)
     return rows
@@ -95,15 +94,6 @@ def _drifts(group: Sequence[Result]) -> dict[str, list[float]]:
     """Relative rise of each text's perplexity over the base's, for each result."""
     each = [text_drifts(result) for result in group]
     return {probe.removeprefix("text:"): [found[probe] for found in each] for probe in each[0]}
-
-
-def _plain_key(result: Mapping[str, Any]) -> str:
-    """What must be equal for plain CE to be the one that a run is compared with: all but the objective."""
-    from mask_the_target.front.options import TMKLArguments
-
-    objective = {each.name for each in fields(TMKLArguments)} - {"adapter"}
-    shared = {key: value for key, value in result["options"].items() if key not in objective}
-    return json.dumps([result["recipe"], shared], sort_keys=True)
 
 
 def _group(*parts: Any) -> str:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -221,13 +221,27 @@ class Recipe:
         return found
 
     def plain_of(self, result: Result) -> Result | None:
-        """Plain CE's run of the same seed and the same values of all that varies among plain CE's runs."""
-        keys = self.varied(PLAIN)
-        wanted = [option(result, key) for key in keys]
-        for other in self.of(PLAIN):
-            if other["seed"] == result["seed"] and [option(other, key) for key in keys] == wanted:
+        """Plain CE's run of the same seed, adapter and options, whatever its method is called; None for plain CE."""
+        if is_plain(result):
+            return None
+        for other in self.results:
+            if is_plain(other) and other["seed"] == result["seed"] and plain_key(other) == plain_key(result):
                 return other
         return None
+
+
+def is_plain(result: Result) -> bool:
+    """Whether it is a run of plain cross-entropy: of any adapter, by its options and not by its method's name."""
+    return bool(result["options"].get("method") == "ce")
+
+
+def plain_key(result: Result) -> str:
+    """What must be equal for plain CE to be the one that a run is compared with: all but the objective."""
+    from mask_the_target.front.options import TMKLArguments
+
+    objective = {each.name for each in fields(TMKLArguments)} - {"adapter"}
+    shared = {key: value for key, value in result["options"].items() if key not in objective}
+    return json.dumps([result["recipe"], shared], sort_keys=True)
 
 
 def option(result: Result, key: str) -> Any:
@@ -298,7 +312,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
     names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
-    writer.writeheader()
+    writer.writerow({name: _cell(name) for name in names})
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return buffer.getvalue()
 

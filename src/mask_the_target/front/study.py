@@ -64,7 +64,10 @@ AT_ITS_END = (
     "Measured at its end only: PiSSA moves a part of the base's weights into the adapter. What is saved at the end is "
     "converted to an adapter of the base; its checkpoints aren't."
 )
-NOT_SCALED = "Not measured at other scales: PEFT can't rescale this adapter."
+NOT_SCALED = (
+    "Not measured at other scales: PEFT can't rescale this adapter, or not all of it (DoRA's magnitude, layers trained "
+    "whole)."
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Study:
         for setting, seed in slots:
             varied = {} if self.search else setting
             options = {**self.train, **fixed, **varied}
-            checkpoints, scales, notes = measured_at(options.get("adapter"), self.checkpoints, self.scales)
+            checkpoints, scales, notes = measured_at(options, self.checkpoints, self.scales)
             trial = Trial(
                 key="",
                 recipe=recipe,
@@ -155,12 +158,17 @@ class Study:
 
 
 def measured_at(
-    adapter: str | None, checkpoints: Sequence[float], scales: Sequence[float]
+    options: Mapping[str, Any], checkpoints: Sequence[float], scales: Sequence[float]
 ) -> tuple[list[float], list[float], list[str]]:
-    """The checkpoints and scales of a study at which an adapter can be measured, and notes on what is left out."""
+    """The checkpoints and scales at which a run with these options can be measured, and notes on what is left out.
+
+    Scaled down is what at a scale of 0 would be the base. With DoRA's magnitude more than half of the distance stays.
+    """
+    adapter = options.get("adapter")
+    unscaled = adapter in ("dora", "vera", "randlora") or options.get("use_dora") or options.get("lora_modules_to_save")
     if adapter == "pissa" and set(checkpoints) != {1.0}:
         return [1.0], list(scales), [AT_ITS_END]
-    if adapter in ("vera", "randlora") and set(scales) - {1.0}:
+    if unscaled and set(scales) - {1.0}:
         return list(checkpoints), [], [NOT_SCALED]
     return list(checkpoints), list(scales), []
 
@@ -392,7 +400,7 @@ def _check_options(path: Path, study: Study) -> None:
                         f"{path}: methods.{name} is tmkl without any tmkl_* option, which mtt train gives its "
                         "recommended weights, and a study must say which. The paper's is tmkl_weight: 1.0."
                     )
-                notes = measured_at(settings.tmkl.adapter, study.checkpoints, study.scales)[2]
+                notes = measured_at(options, study.checkpoints, study.scales)[2]
                 if study.search and "adapter" in grid and notes:
                     raise ValueError(
                         f"{path}: methods.{name} searches over adapters, and {settings.tmkl.adapter} is not measured "

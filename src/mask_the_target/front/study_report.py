@@ -203,17 +203,17 @@ def paper_table(recipe: Recipe) -> Table:
         cells = [write(_mean(drifts[result["key"]].get(probe) for result in results)) for results in groups.values()]
         columns.append((Column(f"{name} drift" if of_text else name, meaning, "lower"), cells))
         shares = []
-        for (method, _), results in groups.items():
+        for results in groups.values():
             found = []
-            for result in results if method != PLAIN else []:
+            for result in results:
                 plain = recipe.plain_of(result)
                 most = drifts[plain["key"]].get(probe, math.nan) if plain is not None else math.nan
                 if most > 0:  # plain CE lost something
                     found.append(1 - drifts[result["key"]].get(probe, math.nan) / most)
             shares.append(_interval(interval(found), _share))
         meaning = (
-            f"1 - ({name} of this run / that of {PLAIN} with the same seed and the same values of what varies among "
-            f"{PLAIN}'s runs), mean over seeds and bootstrap 95% interval."
+            f"1 - ({name} of this run / that of plain CE with the same seed, adapter and options), mean over seeds and "
+            "bootstrap 95% interval."
         )
         columns.append((Column(f"{name}: prevented", meaning, "higher"), shares))
     return Table.of(columns, texts=2)
@@ -385,15 +385,16 @@ def sentences(recipe: Recipe) -> list[str]:
         found += _verdict(methods)
     if box is not None:
         seeds = unique(result["seed"] for result in recipe.results)
-        fewest = min((figures["hypervolume"]["n"] for figures in methods.values() if figures["front"]), default=0)
+        counts = {figures["hypervolume"]["n"] for figures in methods.values() if figures["front"]}
+        fewest = min(counts - {0, 1}, default=FEW_SEEDS)  # of those that have an interval
         if len(seeds) == 1:
             found.append(
                 f"Only one seed ({seeds[0]}) was run, so there are no intervals: a difference between two methods may "
                 "be chance."
             )
-        elif fewest == 1:
+        elif 1 in counts:
             found.append("Where a method has a single seed, there is no interval: a difference may be chance.")
-        elif 1 < fewest < FEW_SEEDS:
+        if fewest < FEW_SEEDS:
             found.append(
                 f"With {fewest} seeds a bootstrap interval is too narrow: it can be no wider than from the lowest seed "
                 "to the highest."
@@ -410,11 +411,17 @@ def sentences(recipe: Recipe) -> list[str]:
 
 def _verdict(methods: Mapping[str, Any]) -> list[str]:
     """Which fronts are above or below plain CE's, as far as the intervals of the paired differences say."""
-    groups: dict[str, list[str]] = {"above": [], "below": [], "no clear difference": []}
+    groups: dict[str, list[str]] = {
+        "above": [],
+        "below": [],
+        "no clear difference": [],
+        "two seeds, too few to say": [],
+    }
     for name, figures in methods.items():
         found = figures["against"].get(PLAIN)
         if found is not None and found["low"] is not None:
             side = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "no clear difference"
+            side = side if found["n"] > 2 else "two seeds, too few to say"
             groups[side].append(name)
     if not any(groups.values()):
         return []
@@ -738,6 +745,9 @@ def details(recipes: Sequence[Recipe]) -> dict[str, dict[str, str]]:
         seconds = [result["seconds"][phase] for result in results if phase in result.get("seconds", {})]
         if seconds:
             made[f"{phase}, hours over all trials"] = f"{sum(seconds) / 3600:.2f}"
+    precisions = unique(result["measured_in"] for result in results if "measured_in" in result)
+    if precisions:
+        made["measured in"] = "; ".join(precisions)
     devices = unique(result["device"] for result in results if "device" in result)
     if devices:
         made["device"] = "; ".join(map(str, devices))

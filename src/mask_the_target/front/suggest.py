@@ -292,9 +292,16 @@ def make_pilot(
         given = content.setdefault("data", {}).get(YOURS, {})
         found, prompts = _split_data(data, given.get("dataset_config"), content["train"])
         content["data"][YOURS] = {**found, **given}
+        prompts = prompts and "text" not in content["data"][YOURS]  # columns that are trained on as one text
     content["methods"] = _candidates(weights, learning_rates, prompts)
     change(content, changes)  # again, of the methods that the data told
     study = check_study(content, Path("the pilot"))
+    for name, (_, grid) in study.methods.items():
+        if other := [key for key in grid if key not in SETTING]:
+            raise ValueError(
+                f"methods.{name} of the pilot varies {other[0]!r}, and what is suggested are {', '.join(SETTING)}. "
+                "Give it one value, or compare several with mtt sweep."
+            )
     find_model(study.model)
     return Pilot(study, tolerance)
 
@@ -378,6 +385,8 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
     text_loss = statistics.fmean(probe["loss"] for name, probe in base.items() if name.startswith("text:"))
     plain = _same(Outcome("ce", {"learning_rate": chosen.setting["learning_rate"]}, 0, 0), found)
     doubts = _doubts(chosen, found, pilot)
+    config = _config(pilot, chosen, output)
+    certain = len(doubts) <= 1 and chosen.expected(GROWTH) <= math.log1p(pilot.tolerance)
     suggestion = {
         "suggested": {"method": _method(chosen), **chosen.setting},
         "expected": {
@@ -386,7 +395,7 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
             "run_of_ce": None if plain is None else math.expm1(plain.expected(GROWTH)),
         },
         "base": {"target": base_loss, "text": text_loss},
-        "sure": "fair" if len(doubts) <= 1 else "low",
+        "sure": "fair" if certain else "low",
         "doubts": doubts,
         "pilot": [
             {"method": _method(o), **o.setting, "target_loss": o.learned, "text_loss_rise": o.rise, "stderr": o.error}
@@ -396,18 +405,20 @@ def suggest(pilot: Pilot, output: Path, callbacks: Sequence[TrainerCallback] = (
         "tolerance": pilot.tolerance,
         "growth": GROWTH,
         "model": pilot.study.model,
-        "data": _config(pilot, chosen)["dataset_name"],
+        "data": config["dataset_name"],
         "versions": versions(),
     }
     import yaml
 
     write_json(output / "suggestion.json", suggestion)
-    write_whole(output / "suggestion.yaml", yaml.safe_dump(_config(pilot, chosen), sort_keys=False).encode())
+    write_whole(output / "suggestion.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     return suggestion
 
 
-def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
-    """For mtt train: the pilot's options, without its length."""
+def _config(pilot: Pilot, chosen: Outcome, output: Path) -> dict[str, Any]:
+    """For mtt train: the options of the pilot's run and its method, without its length."""
+    from mask_the_target.front.texts import training_data
+
     train = dict(pilot.study.train)
     if train.get("dataset_train_split") == _rows_of(train):
         del train["dataset_train_split"]
@@ -415,11 +426,15 @@ def _config(pilot: Pilot, chosen: Outcome) -> dict[str, Any]:
     named: dict[str, Any] = {key: data[key] for key in ("dataset_name", "dataset_config") if key in data}
     if "train" in data and data["train"] != "train":
         named["dataset_train_split"] = data["train"]
+    if data.get("text", ["text"]) != ["text"]:  # columns joined to a text: the file that the pilot was trained on
+        named = training_data(pilot.recipe, data, output / "data")
+    fixed, _ = pilot.study.methods[chosen.method]
     return {
         "model_name_or_path": pilot.study.model,
         **named,
         "output_dir": "runs/suggested",
         **{key: value for key, value in train.items() if key not in ("max_steps", "logging_steps")},
+        **fixed,
         "method": _method(chosen),
         **chosen.setting,
     }
@@ -513,6 +528,7 @@ def describe(suggestion: Mapping[str, Any], pilot: Pilot) -> str:
     """The suggestion in words, with the pilot's numbers."""
     base, expected = suggestion["base"], suggestion["expected"]
     near = base["target"] <= base["text"]
+    seeds = "one seed" if len(pilot.study.seeds) == 1 else f"{len(pilot.study.seeds)} seeds"
     lines = [
         f"The base's loss on the data is {base['target']:.2f} nats per token, on English text {base['text']:.2f}: "
         + (
@@ -521,7 +537,7 @@ def describe(suggestion: Mapping[str, Any], pilot: Pilot) -> str:
             else "the data is far from what it knows."
         ),
         "",
-        f"Pilot of {pilot.study.train['max_steps']} steps, one seed:",
+        f"Pilot of {pilot.study.train['max_steps']} steps, {seeds}:",
     ]
     for row in suggestion["pilot"]:
         setting = {key: row[key] for key in SETTING if key in row}
@@ -537,7 +553,7 @@ def describe(suggestion: Mapping[str, Any], pilot: Pilot) -> str:
         f"Expected rise of the text's perplexity: {expected['run']:+.1%} over a whole run ({expected['pilot']:+.1%} in "
         f"the pilot, and a run is taken to lose {suggestion['growth']:g} times as much: a guess, a long one loses more)"
         + (f"; plain CE at this learning rate {of_ce:+.1%}." if of_ce is not None and "tmkl_weight" in chosen else "."),
-        f"How sure: {suggestion['sure']}. It is a heuristic: one seed and a short run.",
+        f"How sure: {suggestion['sure']}. It is a heuristic: {seeds} and a short run.",
         *(f"  - {doubt}" for doubt in suggestion["doubts"]),
     ]
     lines += [f"  - failed and left out: {key}" for key in suggestion["failed"]]

@@ -146,6 +146,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
     from mask_the_target.base import adapters_off
     from mask_the_target.front import train
     from mask_the_target.front.backbones import load_model, resolve_model
+    from mask_the_target.front.evaluate import fast_autocast
 
     newest = train.last_checkpoint(folder)
     assert newest is not None
@@ -198,6 +199,7 @@ def _measure(trial: Trial, output: Path, folder: Path, report: Callable[[str], N
         "seconds": {"measuring": time.monotonic() - started},
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "measured_in": str(fast_autocast(model) or next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 
@@ -236,11 +238,14 @@ def _evaluation(trial: Trial, folder: Path, model: Any, tokenizer: Any) -> Calla
 
 
 def _base(trial: Trial, output: Path, evaluate: Callable[[list[str]], Any], adapters_off: Any, model: Any) -> Any:
-    """The base's result with samples, measured once for all trials that share model, recipe, probes and sizes."""
+    """The base's result with samples, measured once for all trials that share model, recipe, probes, sizes and the
+    precision that this machine measures in: another would move each rise by what rounding does."""
     from filelock import FileLock
 
+    from mask_the_target.front.evaluate import fast_autocast
+
     measured = [*trial.probes, *trial.probes_at_end]
-    shared = [trial.model, measured, trial.sizes, trial.options.get("dtype")]
+    shared = [trial.model, measured, trial.sizes, trial.options.get("dtype"), str(fast_autocast(model))]
     if trial.data or trial.texts:
         shared += [trial.data, trial.texts, trial.options.get("max_length")]
     digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:10]
