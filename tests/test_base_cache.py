@@ -127,7 +127,7 @@ def test_documents_that_see_each_other_are_not_taken_apart(tmp_path: Path) -> No
 def test_rows_whose_documents_may_see_each_other_or_not_are_not_taken_for_each_other(
     mask_first: bool, tmp_path: Path
 ) -> None:
-    """With a mask they do, and without one not. A row that ends in a cut prompt can't tell: it isn't kept."""
+    """With a mask they do, and without one not; also where a row ends in a prompt that was cut, without a target."""
     ids = torch.randint(3, 47, (1, 18), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :2] = labels[:, 6:8] = labels[:, 12:] = -100

@@ -73,11 +73,8 @@ class BaseCache:
         restarts, given = _restarts(inputs), _given(inputs)
         if restarts is not None and given not in self._isolated:
             proved = self._prove_isolation(inputs, supervised, restarts, compute)
-            if proved is None:
-                # Not to be told yet whether a document's hidden states are its own or those of its company, which
-                # another run may know of the same tokens.
-                return compute(inputs).to(store.dtype)
-            self._isolated[given] = proved
+            if proved is not None:
+                self._isolated[given] = proved
         documents, found = self._read(store, inputs, supervised)
         if found is not None:
             return found.to(supervised.device)
@@ -102,7 +99,7 @@ class BaseCache:
                 "the model is sharded (FSDP, ZeRO-3), and the base's fingerprint needs whole weights. To use it, fill "
                 "it before the model is wrapped (attachment.fill_cache)"
             )
-        alone = not self._depends_on_company(inputs) and (_restarts(inputs) is None or _given(inputs) in self._isolated)
+        alone = not self._depends_on_company(inputs)
         if store is not None and len(supervised) and alone and self._reason_against(inputs) is None:
             _, found = self._read(store, inputs, supervised)
         missing = torch.tensor(float(found is None), device=supervised.device)
@@ -207,23 +204,23 @@ class BaseCache:
     def _prove_isolation(
         self, inputs: Mapping[str, Any], supervised: Tensor, restarts: Tensor, compute: Callable[..., Tensor]
     ) -> bool | None:
-        """Whether the last document of each row stays as it is when other tokens stand in those before it.
+        """Whether the last supervised document of each row stays as it is when other tokens stand in those before it.
 
         Same shapes, so same kernels: equal bit for bit if the model keeps packed documents apart. Less would not do, as
-        a little of one long document's company is much of a short one's. None if this batch can't tell.
+        a little of one long document's company is much of a short one's. None if only the first document of each row
+        has a supervised token: before it there is nothing to see.
         """
         length = restarts.shape[1]
         position = torch.arange(length, device=restarts.device)
-        start = torch.where(restarts, position, 0).amax(1, keepdim=True)  # [B, 1] of the last document
-        before = position < start  # [B, T]
-        after = (position >= start) & (start > 0)
-        rows = after.reshape(-1)[supervised]  # [n]
+        wanted = torch.zeros(restarts.numel(), dtype=torch.bool, device=restarts.device)
+        wanted[supervised] = True
+        last = torch.where(wanted.reshape(restarts.shape), position, -1).amax(1, keepdim=True)  # [B, 1]
+        start = torch.where(restarts & (position <= last), position, 0).amax(1, keepdim=True)  # [B, 1] of its document
+        rows = ((position >= start) & (start > 0)).reshape(-1)[supervised]  # [n]
         if not rows.any():
             return None
         ids = inputs["input_ids"]
-        other = torch.where(before, ids.roll(1, 1).flip(1), ids)
-        if torch.equal(other, ids):
-            return None
+        other = torch.where(position < start, (ids == 0).to(ids.dtype), ids)  # 0, and 1 for it: all of them others
         return torch.equal(compute(inputs)[rows], compute({**inputs, "input_ids": other})[rows])
 
     def _stop(self, reason: str) -> None:
