@@ -128,11 +128,8 @@ def seed_zero(study: Path, sets: list[str]) -> list[list[str]]:
     found: dict[str, dict[str, list[float]]] = {}
     for one in sets:
         here = Recipe(one, [result for result in results if result["recipe"] == one])
-        named = {
-            f"{method}: {setting}" if method != "ce" else METHODS["ce", ""]: own
-            for (method, setting), own in here.groups().items()
-        }
-        named[METHODS["ce", ""]] = here.of("ce")
+        groups = {f"{method}: {setting}": own for (method, setting), own in here.groups().items() if method != "ce"}
+        named = {METHODS["ce", ""]: here.of("ce"), **groups}
         apart = [{**run, "method": name} for name, own in named.items() for run in own if run["seed"] == 0]
         for measure in MEASURES:
             both = [*here.of("ce"), *apart]

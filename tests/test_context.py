@@ -1,6 +1,7 @@
 """Context anchors: which positions they are, their KL and its own denominator, in each form and in training."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,9 @@ def test_positions_that_cannot_be_told_are_refused() -> None:
 
 def test_a_document_starts_where_positions_do_not_go_on() -> None:
     """Not only at 0: some collators count from 1, and a chunk of a long document goes on where the last one ended."""
-    targets = torch.tensor([[-100, -100, 3, -100, -100, 3]])
-    for positions in ([0, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 3], [0, 1, 2, 7, 8, 9]):
-        found = context_mask({"position_ids": torch.tensor([positions])}, targets)
-        assert found.tolist() == [[True, True, False, True, True, False]]
-    targets[0, 2] = -100  # what would predict the next document's first token
-    for positions in ([0, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 3], [0, 1, 2, 7, 8, 9]):
+    places = ([0, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 3], [0, 1, 2, 7, 8, 9])
+    for third, positions in itertools.product((3, -100), places):  # -100: it would predict the next one's first token
+        targets = torch.tensor([[-100, -100, third, -100, -100, 3]])
         found = context_mask({"position_ids": torch.tensor([positions])}, targets)
         assert found.tolist() == [[True, True, False, True, True, False]]
 

@@ -610,8 +610,16 @@ class Attachment:
         )
         if not rows.loss.requires_grad:
             return  # a look, not a step
-        of_all = 0.0 if full_kl is None else full_kl
-        self.totals = self.totals + Totals(1, ce, kl, of_all, count, excluded, context_kl, context_count)
+        self.totals = self.totals + Totals(
+            forwards=1,
+            ce=ce,
+            kl=kl,
+            full_kl=0.0 if full_kl is None else full_kl,
+            supervised=count,
+            excluded=excluded,
+            context_kl=context_kl,
+            context=context_count,
+        )
 
 
 def attach(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mask_the_target.base import Base, adapter_tensors
 from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
+from mask_the_target.context import restarts
 from mask_the_target.sharding import is_sharded
 
 # All that an input may hold besides flags; the lengths of packed documents say no more than position_ids.
@@ -70,9 +71,9 @@ class BaseCache:
             return compute(inputs)
         store = self._store
         assert store is not None
-        restarts, given = _restarts(inputs), _given(inputs)
-        if restarts is not None and given not in self._isolated:
-            proved = self._prove_isolation(inputs, supervised, restarts, compute)
+        starts, given = _restarts(inputs), _given(inputs)
+        if starts is not None and given not in self._isolated:
+            proved = self._prove_isolation(inputs, supervised, starts, compute)
             if proved is not None:
                 self._isolated[given] = proved
         documents, found = self._read(store, inputs, supervised)
@@ -202,7 +203,7 @@ class BaseCache:
         return None
 
     def _prove_isolation(
-        self, inputs: Mapping[str, Any], supervised: Tensor, restarts: Tensor, compute: Callable[..., Tensor]
+        self, inputs: Mapping[str, Any], supervised: Tensor, starts: Tensor, compute: Callable[..., Tensor]
     ) -> bool | None:
         """Whether the last supervised document of each row stays as it is when other tokens stand in those before it.
 
@@ -210,12 +211,11 @@ class BaseCache:
         a little of one long document's company is much of a short one's. None if only the first document of each row
         has a supervised token: before it there is nothing to see.
         """
-        length = restarts.shape[1]
-        position = torch.arange(length, device=restarts.device)
-        wanted = torch.zeros(restarts.numel(), dtype=torch.bool, device=restarts.device)
+        position = torch.arange(starts.shape[1], device=starts.device)
+        wanted = torch.zeros(starts.numel(), dtype=torch.bool, device=starts.device)
         wanted[supervised] = True
-        last = torch.where(wanted.reshape(restarts.shape), position, -1).amax(1, keepdim=True)  # [B, 1]
-        start = torch.where(restarts & (position <= last), position, 0).amax(1, keepdim=True)  # [B, 1] of its document
+        last = torch.where(wanted.reshape(starts.shape), position, -1).amax(1, keepdim=True)  # [B, 1]
+        start = torch.where(starts & (position <= last), position, 0).amax(1, keepdim=True)  # [B, 1] of its document
         rows = ((position >= start) & (start > 0)).reshape(-1)[supervised]  # [n]
         if not rows.any():
             return None
@@ -267,9 +267,9 @@ def _restarts(inputs: Mapping[str, Any]) -> Tensor | None:
     positions = inputs.get("position_ids")
     if not isinstance(positions, Tensor):
         return None
-    restarts = torch.zeros_like(positions, dtype=torch.bool)
-    restarts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    found[:, 1:] = restarts(positions)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor):
-        restarts &= mask.bool()  # padding
-    return restarts.expand(inputs["input_ids"].shape) if restarts.any() else None
+        found &= mask.bool()  # padding
+    return found.expand(inputs["input_ids"].shape) if found.any() else None

@@ -63,13 +63,17 @@ def context_mask(
         next_is_real = torch.zeros_like(real)
         next_is_real[:, :-1] = (real & ~outside)[:, 1:]
         if isinstance(positions, Tensor):
-            if positions.dim() > 2:  # [axes, B, T] of images
-                starts = (positions == 0).all(0)[:, 1:]
-            else:
-                starts = positions[:, 1:] != positions[:, :-1] + 1
+            of_images = positions.dim() > 2  # [axes, B, T]
+            starts = (positions == 0).all(0)[:, 1:] if of_images else restarts(positions)
             next_is_real[:, :-1] &= ~starts.expand(len(real), -1).to(real.device)
         found &= next_is_real
     return found
+
+
+def restarts(positions: Tensor) -> Tensor:
+    """``[B, T - 1]`` of position_ids ``[B, T]``: which tokens from the second on start another document, as
+    positions don't grow by one there."""
+    return positions[:, 1:] != positions[:, :-1] + 1
 
 
 def placeholders_of(model: nn.Module) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """TMKLCallback in the real Trainer and the real SFTTrainer, on a toy model; and what makes it stop."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -538,6 +539,33 @@ def test_a_training_that_fails_gives_the_model_back(tmp_path: Path, error: type[
         )
         following.train()
         assert ("kl" in _logged(following)[-1]) == bool(callbacks)
+
+
+def test_a_trainer_that_goes_on_after_a_failed_step_is_stopped(tmp_path: Path) -> None:
+    """The callback came late, and something around the step swallows what it raises."""
+
+    class Swallow(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step = trainer.training_step
+
+            def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+                with contextlib.suppress(ZeroDivisionError):
+                    return step(*args, **kwargs)
+                return torch.zeros(())
+
+            trainer.training_step = training_step
+
+    def fail(*inputs: Any) -> None:
+        raise ZeroDivisionError
+
+    model = with_lora(toy_llama(), moved=0.2)
+    trainer = Trainer(model, _arguments(tmp_path), train_dataset=ROWS, data_collator=_collate)
+    for callback in (TMKLCallback(), Swallow()):
+        trainer.add_callback(callback)
+    unwrap(model)[0].model.register_forward_pre_hook(lambda *inputs: fail() if trainer.state.global_step else None)
+    with pytest.raises(RuntimeError, match="and the trainer goes on: it would train without TMKL"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_an_attachment_is_found_under_trls_wrapper() -> None:

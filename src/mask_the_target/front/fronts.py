@@ -77,11 +77,11 @@ def by_score(results: Iterable[Mapping[str, Any]], probe: str, metric: str, plai
     measured are left out, and results without it.
     """
     every = [result for result in results if result.get("base", {}).get(probe, {}).get(metric) is not None]
-    scored: dict[str, dict[bool, list[float]]] = {}
-    for result in every:
-        both = scored.setdefault(result["recipe"], {True: [], False: []})
-        both[result["method"] == plain].append(result["base"][probe][metric])
-    bases = {recipe: float(np.mean(both[True] or both[False])) for recipe, both in scored.items()}
+    bases: dict[str, float] = {}
+    for recipe in dict.fromkeys(result["recipe"] for result in every):
+        own = [result for result in every if result["recipe"] == recipe]
+        told = [result for result in own if result["method"] == plain] or own
+        bases[recipe] = float(np.mean([result["base"][probe][metric] for result in told]))
     found = []
     for result in every:
         if base := bases[result["recipe"]]:

@@ -35,6 +35,9 @@ from mask_the_target.integrations import trl
 from mask_the_target.integrations.first_step import FirstStep
 from mask_the_target.objective import IGNORE_INDEX, TMKL
 
+# Of a checkpoint. Not trainer_state.json: what is an ExportableState there is built anew, without our options.
+BUDGET_FILE = "drift_budget.json"
+
 
 class TMKLCallback(TrainerCallback):
     """Trains with CE + weight * target-masked KL and logs both terms as ``ce`` and ``kl`` (nats per token).
@@ -128,8 +131,11 @@ class TMKLCallback(TrainerCallback):
             self._attach_before_sharding(trainer)
 
     def _release_on_error(self, trainer: Any, name: str) -> None:
-        """Trainers tell callbacks nothing of an exception, and the next training on the model, without TMKL, would be
-        regularised without a word."""
+        """Give the model back when this method of ``trainer`` raises, and note which checkpoint ``train`` goes on from.
+
+        Trainers tell callbacks of neither, and the next training on the model, without TMKL, would be regularised
+        without a word.
+        """
         if trainer is None or self._guarded is trainer:
             return
         self._guarded, run = trainer, getattr(trainer, name)
@@ -186,7 +192,7 @@ class TMKLCallback(TrainerCallback):
             trainer = _calling_trainer()  # whose folder is another in each trial of a search
             trial = getattr(trainer, "_trial", None)
             folder = args.output_dir if trainer is None else trainer._get_output_dir(trial=trial)
-            file = _budget_file(Path(folder or ".") / f"checkpoint-{state.global_step}")
+            file = Path(folder or ".") / f"checkpoint-{state.global_step}" / BUDGET_FILE
             write_whole(file, json.dumps(asdict(self._budget)).encode())
 
     def on_train_begin(
@@ -209,13 +215,13 @@ class TMKLCallback(TrainerCallback):
             folder = Path(self._checkpoint) if isinstance(self._checkpoint, (str, Path)) else newest
             self._budget = DriftBudget(self.max_drift, self.options.context_weight)
             if state.global_step:
-                self._budget = _resumed(self._budget, _budget_file(folder))
+                self._budget = _resumed(self._budget, folder / BUDGET_FILE)
             self._attachment.context_weight, self._totals = self._budget.weight, Totals()
         if self.options.context_weight:
             self._stop_counting = _count_context(_calling_trainer(), self._attachment)
 
     def _attach(self, model: Any, args: TrainingArguments, *, resumed: bool = False) -> None:
-        self._release()  # an earlier train() may have been interrupted
+        self._release()  # a training may begin anew within train() (auto_find_batch_size)
         inner, configs = unwrap(model)
         left_over = attachment_of(inner)
         if left_over is not None and left_over.strict:  # another trainer's, which was interrupted
@@ -281,6 +287,11 @@ class TMKLCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._attachment is None:
+            raise RuntimeError(
+                "a step of this training failed, which took TMKL off the model, and the trainer goes on: it would "
+                "train without TMKL. Call train() anew, with resume_from_checkpoint if there is one."
+            )
         if self._first_step is not None:
             self._first_step.check()
 
@@ -315,11 +326,6 @@ class TMKLCallback(TrainerCallback):
             self._attachment.on_backward = self._first_step = None
             if self._value_known and not self._attachment.has_aux_loss:
                 _check_logged(float(logs["loss"]), backpropagated / ranks / self._steps, self._steps)
-
-
-def _budget_file(checkpoint: Path) -> Path:
-    # Not in trainer_state.json: what is an ExportableState there is built anew, without our options, on restoring.
-    return checkpoint / "drift_budget.json"
 
 
 def _resumed(budget: DriftBudget, file: Path) -> DriftBudget:
