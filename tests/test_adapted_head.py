@@ -31,6 +31,11 @@ CONFIGS: dict[str, tuple[Any, bool]] = {  # a PEFT config, and whether head and 
         peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         True,
     ),
+    "saved, tied on purpose": (
+        peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+        True,
+    ),
+    "lora, tied on purpose": (peft.LoraConfig(**LORA, ensure_weight_tying=True), True),
     "trainable tokens": (peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[5, 9]), True),
 }
 
@@ -42,6 +47,7 @@ def _pair(case: str) -> tuple[nn.Module, nn.Module]:
     return model, base
 
 
+@pytest.mark.filterwarnings("error:.*could not be proved")
 @pytest.mark.parametrize("case", CONFIGS)
 def test_loss_and_gradients_equal_the_two_model_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapted_head, "rows_of_chunk", lambda *_: 4)  # several chunks, the last one short

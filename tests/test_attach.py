@@ -289,17 +289,19 @@ def test_attaching_before_and_after_wrapping(monkeypatch: pytest.MonkeyPatch) ->
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("attach_first", [True, False])
-def test_torch_compile(attach_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("attach_first", "options"), [(True, TMKL()), (False, TMKL()), (True, TMKL(weight=0.5, context_weight=1.0))]
+)
+def test_torch_compile(attach_first: bool, options: TMKL) -> None:
     model, _ = _pair()
     data = batch()
     if attach_first:
-        attach(model)
+        attach(model, options)
         compiled = torch.compile(model, backend="eager")
     else:
         compiled = torch.compile(model, backend="eager")
-        attach(compiled)
-    expected = reference_loss(*_pair(), data, TMKL()).loss
+        attach(compiled, options)
+    expected = reference_loss(*_pair(), data, options).loss
     assert float(compiled(**data).loss) == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -26,6 +26,8 @@ _ABSENT = (
     "layers_to_transform",
     "layers_pattern",
     "modules_to_save",
+    "modules_to_tie",  # what PEFT found in the user's model, as the next
+    "target_modules_to_tie",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
