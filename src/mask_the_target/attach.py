@@ -157,8 +157,9 @@ class Attachment:
             weight = self._tap.head().weight
             if self._tap.adapted and is_distributed(weight):
                 raise ValueError(
-                    "the head has an adapter or a trained copy, and its vocabulary is sharded (tensor parallelism), "
-                    "where only the base's head is supported. Leave the head out of the adapter."
+                    "the head has an adapter or a trained copy, and its weight is sharded already, by its vocabulary "
+                    "(tensor parallelism) or because FSDP2 wrapped the model first; only the base's head may be. Leave "
+                    "the head out of the adapter, or attach before FSDP2 wraps the model."
                 )
             self._vocabulary = whole_shape(weight)[0]
             self._previous = self.model.forward
