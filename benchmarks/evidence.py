@@ -18,7 +18,9 @@ from mask_the_target.front.suggest import Outcome, leave_one_out
 # Method, and what its setting begins with where only one of several is meant: how it is called.
 METHODS = {
     ("ce", ""): "plain CE, with early stop and scaling",
-    ("full_kl", ""): "full KL, weight 1",
+    ("full_kl", "tmkl_weight 0.3,"): "full KL, weight 0.3",
+    ("full_kl", "tmkl_weight 1,"): "full KL, weight 1",
+    ("tmkl", "tmkl_weight 0.3,"): "TMKL, weight 0.3",
     ("tmkl", "tmkl_weight 1,"): "TMKL, weight 1",
     ("context", "tmkl_context_weight 1,"): "prompt's KL, weight 1",
     ("both", "tmkl_weight 0.3, tmkl_context_weight 1,"): "TMKL 0.3, prompt's KL 1",
@@ -58,8 +60,8 @@ def cell(row: Row | None, name: str, form: str) -> str:
 
 def tables(study: Path) -> dict[str, str]:
     """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, each
-    setting's hypervolume less plain CE's, the runs at their end, and of several sets seed 0 alone and `mtt suggest`
-    judged by them."""
+    setting's hypervolume less plain CE's, the runs at their end, and of several sets TMKL less the full KL at the same
+    settings, seed 0 alone and `mtt suggest` judged by them."""
     points = read(study / "report.csv")
     figures = {
         (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
@@ -92,7 +94,13 @@ def tables(study: Path) -> dict[str, str]:
         for row in rows(f"learned losing {tolerance}", "{:.0%}", "text", f"{{}}, {tolerance}")
     ]
     several = (
-        {"seed 0": table(["", *sets], seed_zero(study, sets)), "left out": left_out(study)} if len(sets) > 1 else {}
+        {
+            "TMKL less full KL": table(["", *sets], tmkl_less_full_kl(study, sets)),
+            "seed 0": table(["", *sets], seed_zero(study, sets)),
+            "left out": left_out(study),
+        }
+        if len(sets) > 2  # of fewer none can be left out
+        else {}
     )
     return {
         "hypervolume": by_measure("hypervolume", "{:.3f}"),
@@ -119,6 +127,33 @@ def each_setting(
             cells.append(f"{means} ({here[0]['seeds']})" if here else NOTHING)
         rows.append([f"{method}: {setting}", *cells])
     return rows
+
+
+def tmkl_less_full_kl(study: Path, sets: list[str]) -> list[list[str]]:
+    """TMKL's hypervolume less the full KL's at the same seeds: of each setting that both have, and of all that those
+    seeds share as one front."""
+    results = read_results(study)
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for one in sets:
+        here = Recipe(one, [result for result in results if result["recipe"] == one])
+        groups = here.groups()
+        settings = sorted(setting for method, setting in groups if method == "tmkl" and ("full_kl", setting) in groups)
+        pairs = {setting: [*groups["tmkl", setting], *groups["full_kl", setting]] for setting in settings}
+        if settings:
+            pairs["those of three seeds as one front"] = [*here.of("tmkl"), *here.of("full_kl")]
+        for measure, words in MEASURES.items():
+            for setting, pair in pairs.items():
+                runs = [*here.of("ce"), *pair]
+                runs = by_score(runs, *measure.split(".")) if "." in measure else runs
+                more = compare(runs, against=["full_kl"])[one]["methods"]["tmkl"]["against"]["full_kl"]
+                figures = [("", more["mean"]), (", low", more["low"]), (", high", more["high"])]
+                row = {name: "" if value is None else str(value) for name, value in figures}
+                found.setdefault(one, {})[words, setting] = cell(row, "", "{:+.3f}")
+    order = list(MEASURES.values())
+    names = sorted(
+        {name for cells in found.values() for name in cells}, key=lambda name: (order.index(name[0]), name[1])
+    )
+    return [[": ".join(name), *(found.get(one, {}).get(name, NOTHING) for one in sets)] for name in names]
 
 
 def seed_zero(study: Path, sets: list[str]) -> list[list[str]]:
