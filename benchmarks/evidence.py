@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mask_the_target import TMKL
-from mask_the_target.front.fronts import by_score, compare
-from mask_the_target.front.results import Recipe, read_results
+from mask_the_target.front.results import Recipe, Result, read_results
 from mask_the_target.front.suggest import Outcome, leave_one_out
 
 # Method, and what its setting begins with where only one of several is meant: how it is called.
@@ -52,10 +51,19 @@ def cell(row: Row | None, name: str, form: str) -> str:
     """Mean and interval; the mean alone of one seed, which has none."""
     if row is None or not row.get(name):
         return NOTHING
-    if not row[f"{name}, low"]:
-        return form.format(float(row[name]))
-    mean, low, high = (form.format(float(row[key])) for key in (name, f"{name}, low", f"{name}, high"))
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (row[key] for key in (name, f"{name}, low", f"{name}, high"))
+    return with_interval(float(mean), *((float(low), float(high)) if low else (None, None)), form)
+
+
+def with_interval(mean: float, low: float | None, high: float | None, form: str) -> str:
+    return form.format(mean) + ("" if low is None else f" [{form.format(low)}, {form.format(high)}]")
+
+
+def by_kept(recipe: Recipe, measure: str) -> Recipe:
+    """The recipe by one of MEASURES as what is kept."""
+    found = recipe.by_score(*measure.split(".")) if "." in measure else recipe
+    assert found is not None, f"{recipe.name}: plain CE has no {measure}"
+    return found
 
 
 def tables(study: Path) -> dict[str, str]:
@@ -93,15 +101,15 @@ def tables(study: Path) -> dict[str, str]:
         for tolerance in ("1%", "5%")
         for row in rows(f"learned losing {tolerance}", "{:.0%}", "text", f"{{}}, {tolerance}")
     ]
-    several = (
-        {
-            "TMKL less full KL": table(["", *sets], tmkl_less_full_kl(study, sets)),
-            "seed 0": table(["", *sets], seed_zero(study, sets)),
-            "left out": left_out(study),
+    several = {}
+    if len(sets) > 1:
+        results = read_results(study)
+        recipes = [Recipe(one, [result for result in results if result["recipe"] == one]) for one in sets]
+        several = {
+            "TMKL less full KL": table(["", *sets], tmkl_less_full_kl(recipes)),
+            "seed 0": table(["", *sets], seed_zero(recipes)),
+            "left out": left_out(results),
         }
-        if len(sets) > 2  # of fewer none can be left out
-        else {}
-    )
     return {
         "hypervolume": by_measure("hypervolume", "{:.3f}"),
         "less plain CE's": by_measure("hypervolume less ce's", "{:+.3f}", "ce"),
@@ -129,52 +137,46 @@ def each_setting(
     return rows
 
 
-def tmkl_less_full_kl(study: Path, sets: list[str]) -> list[list[str]]:
-    """TMKL's hypervolume less the full KL's at the same seeds: of each setting that both have, and of all that those
-    seeds share as one front."""
-    results = read_results(study)
-    found: dict[str, dict[tuple[str, str], str]] = {}
-    for one in sets:
-        here = Recipe(one, [result for result in results if result["recipe"] == one])
+def tmkl_less_full_kl(recipes: list[Recipe]) -> list[list[str]]:
+    """TMKL's hypervolume less the full KL's at the same seeds: of each setting that both have, and of the settings
+    that all of these seeds have as one front."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for here in recipes:
         groups = here.groups()
-        settings = sorted(setting for method, setting in groups if method == "tmkl" and ("full_kl", setting) in groups)
+        settings = [setting for method, setting in groups if method == "tmkl" and ("full_kl", setting) in groups]
         pairs = {setting: [*groups["tmkl", setting], *groups["full_kl", setting]] for setting in settings}
         if settings:
-            pairs["those of three seeds as one front"] = [*here.of("tmkl"), *here.of("full_kl")]
-        for measure, words in MEASURES.items():
-            for setting, pair in pairs.items():
-                runs = [*here.of("ce"), *pair]
-                runs = by_score(runs, *measure.split(".")) if "." in measure else runs
-                more = compare(runs, against=["full_kl"])[one]["methods"]["tmkl"]["against"]["full_kl"]
-                figures = [("", more["mean"]), (", low", more["low"]), (", high", more["high"])]
-                row = {name: "" if value is None else str(value) for name, value in figures}
-                found.setdefault(one, {})[words, setting] = cell(row, "", "{:+.3f}")
+            pairs["settings that all seeds have, as one front"] = [*here.of("tmkl"), *here.of("full_kl")]
+        for setting, pair in pairs.items():
+            runs = Recipe(here.name, [*here.of("ce"), *pair])
+            for measure, words in MEASURES.items():
+                more = by_kept(runs, measure).figures["tmkl"]["against"]["full_kl"]
+                cells = found.setdefault((words, setting), {})
+                cells[here.name] = with_interval(more["mean"], more["low"], more["high"], "{:+.3f}")
     order = list(MEASURES.values())
-    names = sorted(
-        {name for cells in found.values() for name in cells}, key=lambda name: (order.index(name[0]), name[1])
-    )
-    return [[": ".join(name), *(found.get(one, {}).get(name, NOTHING) for one in sets)] for name in names]
+    names = sorted(found, key=lambda name: (order.index(name[0]), name[1]))
+    return [[": ".join(name), *(found[name].get(here.name, NOTHING) for here in recipes)] for name in names]
 
 
-def seed_zero(study: Path, sets: list[str]) -> list[list[str]]:
+def seed_zero(recipes: list[Recipe]) -> list[list[str]]:
     """The hypervolume at seed 0 of each setting's own front, and of plain CE's with all of its settings: by text, facts
     and instructions, and the mean of the three. So what only seed 0 has can be compared with the rest."""
-    results = read_results(study)
     found: dict[str, dict[str, list[float]]] = {}
-    for one in sets:
-        here = Recipe(one, [result for result in results if result["recipe"] == one])
+    for here in recipes:
         groups = {f"{method}: {setting}": own for (method, setting), own in here.groups().items() if method != "ce"}
         named = {METHODS["ce", ""]: here.of("ce"), **groups}
         apart = [{**run, "method": name} for name, own in named.items() for run in own if run["seed"] == 0]
+        both = Recipe(here.name, [*here.of("ce"), *apart])
         for measure in MEASURES:
-            both = [*here.of("ce"), *apart]
-            both = by_score(both, *measure.split(".")) if "." in measure else both
-            for name, figures in compare(both)[one]["methods"].items():
+            for name, figures in by_kept(both, measure).figures.items():
                 if name != "ce":
-                    found.setdefault(name, {}).setdefault(one, []).append(figures["hypervolume"]["mean"])
+                    found.setdefault(name, {}).setdefault(here.name, []).append(figures["hypervolume"]["mean"])
     form = "{:.3f}, {:.3f}, {:.3f}; {:.3f}"
     cells = {
-        name: [form.format(*own[one], statistics.fmean(own[one])) if one in own else NOTHING for one in sets]
+        name: [
+            form.format(*own[here.name], statistics.fmean(own[here.name])) if here.name in own else NOTHING
+            for here in recipes
+        ]
         for name, own in sorted(found.items(), key=lambda item: (item[0] != METHODS["ce", ""], item[0]))
     }
     return [[name, *own] for name, own in cells.items()]
@@ -197,14 +199,14 @@ def ends(points: list[Row], sets: list[str]) -> list[list[str]]:
     return rows
 
 
-def left_out(study: Path) -> str:
+def left_out(results: list[Result]) -> str:
     """What `mtt suggest` would have taken in each set, knowing the others: seed 0, halfway as the pilot; candidates as
     it has them on data with prompts."""
     recommended = TMKL.recommended()
     weights = {"tmkl_weight": recommended.weight, "tmkl_context_weight": recommended.context_weight}
     candidates = [
         result
-        for result in read_results(study)
+        for result in results
         if result["seed"] == 0
         and (
             result["method"] in ("ce", "tmkl", "context")

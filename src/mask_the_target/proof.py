@@ -26,7 +26,7 @@ _ABSENT = (
     "layers_to_transform",
     "layers_pattern",
     "modules_to_save",
-    "modules_to_tie",  # what PEFT found in the user's model, as the next
+    "modules_to_tie",  # this and the next: what PEFT found tied in the user's model
     "target_modules_to_tie",
     "target_parameters",
     "trainable_token_indices",
