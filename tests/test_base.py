@@ -1,6 +1,7 @@
 """The toggle, the choice of the base, and each sentence of the audit."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -346,6 +347,45 @@ def test_weights_that_are_thawed_under_training_are_noticed() -> None:
         model(**batch())
         model.base_model.model.model.layers[0].input_layernorm.weight.requires_grad_()
         model(**batch())
+
+
+def _merge_by_hand(model: nn.Module) -> None:
+    """As ReLoRA does it: nothing of PEFT's is told."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.get_base_layer().weight.data += layer.get_delta_weight("default")
+            layer.lora_B["default"].weight.data.zero_()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_base_weights_that_are_written_over_are_noticed(separate: bool) -> None:
+    model = with_lora(toy_llama(), moved=0.3)
+    other = with_lora(toy_llama(), moved=0.3)  # a base= that is a PeftModel's inner model moves just so
+    attachment = attach(model, base=unwrap(other)[0] if separate else "auto")
+    model(**batch())
+    attachment.check_base()
+    _merge_by_hand(other if separate else model)
+    linears = sum(isinstance(layer, LoraLayer) for layer in model.modules())
+    first = r"model\.layers\.0\.self_attn\.q_proj\.base_layer\.weight"
+    with pytest.warns(UserWarning, match=rf"{linears} weights of the base have changed .* \({first}, .* by up to \d"):
+        attachment.check_base()
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        attachment.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounds_the_base_weights_is_no_change(dtype: torch.dtype) -> None:
+    model = with_lora(toy_llama(), moved=0.3)
+    with warnings.catch_warnings(), attach(model) as attachment:
+        warnings.simplefilter("error")
+        model.to(dtype)
+        model(**batch()).loss.backward()
+        model.merge_adapter()
+        model.unmerge_adapter()
+        move(model, 0.3)
+        attachment.check_base()
+        unwrap(model)[0].resize_token_embeddings(80)  # whose parameter is another
 
 
 def test_the_embeddings_under_trained_tokens_are_the_bases() -> None:

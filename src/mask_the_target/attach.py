@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask_the_target.base import Base, BaseChoice, adapter_parameters, require_pass_through, resolve_base
+from mask_the_target.base import (
+    Base,
+    BaseChoice,
+    BaseWeights,
+    adapter_parameters,
+    require_pass_through,
+    resolve_base,
+)
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
 from mask_the_target.context import context_mask, placeholders_of, sample
@@ -187,6 +194,7 @@ class Attachment:
             own = {id(p) for p in adapter_parameters(self.model)}
             others = [p for p in self.model.parameters() if id(p) not in own]
             self._frozen = [weakref.ref(p) for p in others if not p.requires_grad]
+        self._base_weights = BaseWeights(self.base.model)
         self._warned: set[str] = set()
         self._running = False
         self.context_weight: float = self.options.context_weight
@@ -243,6 +251,7 @@ class Attachment:
             return
         if self.cache is not None:
             self.cache.flush()
+        self.check_base()
         if not self.installed:
             warnings.warn(
                 "another tool wrapped this model's forward after TMKL was attached, so the wrapper stays in place; "
@@ -259,6 +268,23 @@ class Attachment:
         self._tap.remove()
         if self._base_tap is not self._tap:
             self._base_tap.remove()
+
+    def check_base(self) -> None:
+        """Warn, once, if the base's weights have been written over since attaching.
+
+        It waits for the device, and takes 8 ms for SmolLM2-135M (a core that was busy with other work).
+        """
+        changed = {} if "base" in self._warned else self._base_weights.changed()
+        if changed:
+            self._warned.add("base")
+            names = list(changed)
+            warnings.warn(
+                f"{len(names)} weights of the base have changed since TMKL was attached ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}; by up to {max(changed.values()):.1%}): an adapter was merged by "
+                "hand (as ReLoRA does), or a checkpoint loaded over them. Since then the KL has been to another model "
+                "than the base. Leave these weights alone, or pass a separately loaded model as base=.",
+                stacklevel=3,
+            )
 
     def _probe_hidden(self) -> Tensor:
         """The hidden states that reach the head on a few tokens, ``[B, T, d]``, by the model's own forward."""

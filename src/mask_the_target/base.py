@@ -8,6 +8,7 @@ anchored to such a "base" pulls towards the wrong model without a word, so each 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -278,6 +279,70 @@ def _of_adapters(model: nn.Module, named: Callable[..., Iterator[tuple[str, Any]
             if not name.startswith(frozen):
                 found[id(tensor)] = tensor
     return found
+
+
+class BaseWeights:
+    """Some values of each weight of the base, by which to tell later that it was written over.
+
+    Nothing else shows that: an adapter that is merged by hand (ReLoRA), or a checkpoint that is loaded over the base,
+    leaves modules, names and flags as they were. 64 values of each weight are kept; weights that are sharded, or made
+    of other tensors (torchao's), are left out.
+
+    Args:
+        model: the model that runs as the base; its adapters' own weights are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {id(parameter) for parameter in adapter_parameters(model)}
+        self._model = model
+        # By module and name, since wrappers replace parameters; weakly, since they replace modules too.
+        self._places: dict[str, tuple[weakref.ref[nn.Module], str, torch.Size]] = {}
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in own:
+                    whole = f"{path}.{name}" if path else name
+                    self._places[whole] = (weakref.ref(module), name, parameter.shape)
+        self._values = self._read()
+
+    def changed(self) -> dict[str, float]:
+        """Names of the weights that have changed, and by how much of their size (norms of these values). It waits for
+        the device, once.
+
+        What rounding may do is no change: a cast of the whole model, or a merge that was undone.
+        """
+        found = {}
+        for name, now in self._read().items():
+            then = self._values.get(name)
+            if then is None or torch.equal(now, then):
+                continue
+            rounding = max(torch.finfo(v.dtype).eps if v.is_floating_point() else 0.0 for v in (then, now))
+            then, now = then.double(), now.double()
+            change = float((now - then).norm() / then.norm().clamp(min=1e-30))
+            if change > rounding:
+                found[name] = change
+        return found
+
+    def _read(self) -> dict[str, Tensor]:
+        """The values on the CPU, of the weights that this process holds as they are."""
+        if is_sharded(self._model):
+            return {}
+        found: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for whole, (module, name, shape) in self._places.items():
+            parameter = getattr(module(), "_parameters", {}).get(name)
+            if parameter is None or parameter.shape != shape:
+                continue
+            data = parameter.data  # of a quantised weight its packed bytes
+            if data.numel() and not data.is_meta and not hasattr(data, "__tensor_flatten__"):
+                values = data.flatten()[:: max(1, data.numel() // 64)][:64]
+                found.setdefault((data.device, data.dtype), {})[whole] = values
+        # Together: one copy from the device, and not one for each weight.
+        return {
+            name: part
+            for group in found.values()
+            for name, part in zip(
+                group, torch.cat(list(group.values())).cpu().split([len(v) for v in group.values()]), strict=True
+            )
+        }
 
 
 def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,23 @@ def test_a_weight_that_is_unfrozen_before_training_is_refused(tmp_path: Path) ->
     unwrap(model)[0].model.norm.weight.requires_grad_()
     with pytest.raises(ValueError, match=r"1 weights outside the adapter are trainable \(model.norm.weight\)"):
         trainer.train()
+
+
+def test_a_base_that_is_written_over_in_training_is_told_at_the_next_log(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    class Overwrites(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            told.append(sum("weights of the base have changed" in str(each.message) for each in seen))
+            if state.global_step == 2:
+                unwrap(model)[0].model.norm.weight.data *= 1.1
+
+    trainer = _trainer(tmp_path, with_lora(toy_llama()), TMKLCallback(), max_steps=4)
+    trainer.add_callback(Overwrites())
+    with warnings.catch_warnings(record=True) as seen:
+        trainer.train()
+    assert told == [0, 0, 1, 1]  # step 2 is logged after its end, and so told before step 3's
+    assert any("(model.norm.weight; by up to 10.0%)" in str(each.message) for each in seen)
 
 
 def test_an_adapter_that_is_added_after_the_trainer_was_built_is_refused(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ class TMKLCallback(Callback):
             figures["context_kl"] = step.context_kl
         pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._attachment is not None:
+            self._attachment.check_base()
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._release()
 

@@ -309,6 +309,7 @@ class TMKLCallback(TrainerCallback):
         if totals.forwards == 0:
             return
         self._totals, self._attachment.totals = Totals(), Totals()
+        self._attachment.check_base()
         proof = self._first_step
         *sums, backpropagated, ranks = _sum_over_ranks(totals, 0.0 if proof is None else proof.backpropagated)
         ce, kl, full_kl, supervised, excluded, context_kl, context = sums
