@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mask_the_target import TMKL
+from mask_the_target.front.fronts import compare
 from mask_the_target.front.results import Recipe, Result, read_results
 from mask_the_target.front.suggest import Outcome, leave_one_out
 
@@ -21,7 +22,9 @@ METHODS = {
     ("full_kl", "tmkl_weight 1,"): "full KL, weight 1",
     ("tmkl", "tmkl_weight 0.3,"): "TMKL, weight 0.3",
     ("tmkl", "tmkl_weight 1,"): "TMKL, weight 1",
+    ("ewc", "rival_weight 1e+04,"): "EWC, weight 1e4",
     ("context", "tmkl_context_weight 1,"): "prompt's KL, weight 1",
+    ("context", "tmkl_context_weight 3,"): "prompt's KL, weight 3",
     ("both", "tmkl_weight 0.3, tmkl_context_weight 1,"): "TMKL 0.3, prompt's KL 1",
     ("both", "tmkl_weight 0.1, tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3: `TMKL.recommended()`",
     ("budget", "max_drift 0.01,"): "TMKL 0.1, prompt's drift 0.01",
@@ -69,7 +72,7 @@ def by_kept(recipe: Recipe, measure: str) -> Recipe:
 def tables(study: Path) -> dict[str, str]:
     """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, each
     setting's hypervolume less plain CE's, the runs at their end, and of several sets TMKL less the full KL at the same
-    settings, seed 0 alone and `mtt suggest` judged by them."""
+    settings, everything less the recommended weights, seed 0 alone and `mtt suggest` judged by them."""
     points = read(study / "report.csv")
     figures = {
         (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
@@ -107,6 +110,7 @@ def tables(study: Path) -> dict[str, str]:
         recipes = [Recipe(one, [result for result in results if result["recipe"] == one]) for one in sets]
         several = {
             "TMKL less full KL": table(["", *sets], tmkl_less_full_kl(recipes)),
+            "less the recommended": table(["", *sets], less_recommended(recipes)),
             "seed 0": table(["", *sets], seed_zero(recipes)),
             "left out": left_out(results),
         }
@@ -156,6 +160,35 @@ def tmkl_less_full_kl(recipes: list[Recipe]) -> list[list[str]]:
     order = list(MEASURES.values())
     names = sorted(found, key=lambda name: (order.index(name[0]), name[1]))
     return [[": ".join(name), *(found[name].get(here.name, NOTHING) for here in recipes)] for name in names]
+
+
+def less_recommended(recipes: list[Recipe]) -> list[list[str]]:
+    """The hypervolume of what METHODS names less that of the recommended weights, at the seeds that both have."""
+    called = {name: method for method, name in METHODS.items()}
+    recommended = next(name for name in called if "recommended" in name)
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for here in recipes:
+        named = {
+            name: [
+                run
+                for (own, setting), runs in here.groups().items()
+                if own == method and setting.startswith(begins)
+                for run in runs
+            ]
+            for name, (method, begins) in called.items()
+        }
+        apart = [{**run, "method": name} for name, runs in named.items() for run in runs]
+        both = Recipe(here.name, [*here.of("ce"), *apart])
+        for measure, words in MEASURES.items():
+            compared = compare(by_kept(both, measure).results, "ce", [recommended])[here.name]["methods"]
+            for name in (name for name in called if name in compared and name != recommended):
+                less = compared[name]["against"][recommended]
+                cells = found.setdefault((words, name), {})
+                cells[here.name] = with_interval(less["mean"], less["low"], less["high"], "{:+.3f}")
+    order = [(words, name) for words in MEASURES.values() for name in called]
+    return [
+        [": ".join(key), *(found[key].get(here.name, NOTHING) for here in recipes)] for key in order if key in found
+    ]
 
 
 def seed_zero(recipes: list[Recipe]) -> list[list[str]]:
