@@ -251,7 +251,6 @@ class Attachment:
             return
         if self.cache is not None:
             self.cache.flush()
-        self.check_base()
         if not self.installed:
             warnings.warn(
                 "another tool wrapped this model's forward after TMKL was attached, so the wrapper stays in place; "
@@ -268,6 +267,7 @@ class Attachment:
         self._tap.remove()
         if self._base_tap is not self._tap:
             self._base_tap.remove()
+        self.check_base()  # last: it asks the device, which may be what has failed
 
     def check_base(self) -> None:
         """Warn, once, if the base's weights have been written over since attaching.
