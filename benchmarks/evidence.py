@@ -164,28 +164,24 @@ def tmkl_less_full_kl(recipes: list[Recipe]) -> list[list[str]]:
 
 def less_recommended(recipes: list[Recipe]) -> list[list[str]]:
     """The hypervolume of what METHODS names less that of the recommended weights, at the seeds that both have."""
-    called = {name: method for method, name in METHODS.items()}
-    recommended = next(name for name in called if "recommended" in name)
+    recommended = next(name for name in METHODS.values() if "recommended" in name)
     found: dict[tuple[str, str], dict[str, str]] = {}
     for here in recipes:
-        named = {
-            name: [
-                run
-                for (own, setting), runs in here.groups().items()
-                if own == method and setting.startswith(begins)
-                for run in runs
-            ]
-            for name, (method, begins) in called.items()
-        }
-        apart = [{**run, "method": name} for name, runs in named.items() for run in runs]
+        apart = [
+            {**run, "method": name}
+            for (own, setting), runs in here.groups().items()
+            for (method, begins), name in METHODS.items()
+            if own == method and setting.startswith(begins)
+            for run in runs
+        ]
         both = Recipe(here.name, [*here.of("ce"), *apart])
         for measure, words in MEASURES.items():
             compared = compare(by_kept(both, measure).results, "ce", [recommended])[here.name]["methods"]
-            for name in (name for name in called if name in compared and name != recommended):
+            for name in {run["method"] for run in apart} - {recommended}:
                 less = compared[name]["against"][recommended]
                 cells = found.setdefault((words, name), {})
                 cells[here.name] = with_interval(less["mean"], less["low"], less["high"], "{:+.3f}")
-    order = [(words, name) for words in MEASURES.values() for name in called]
+    order = [(words, name) for words in MEASURES.values() for name in METHODS.values()]
     return [
         [": ".join(key), *(found[key].get(here.name, NOTHING) for here in recipes)] for key in order if key in found
     ]

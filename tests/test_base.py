@@ -13,7 +13,7 @@ from torch import nn
 from conftest import TARGETS, batch, move, toy_llama, with_lora
 from mask_the_target import attach
 from mask_the_target.attach import unwrap
-from mask_the_target.base import adapter_parameters, adapters_off, resolve_base
+from mask_the_target.base import BaseWeights, adapter_parameters, adapters_off, resolve_base
 from mask_the_target.head import evaluating
 
 
@@ -386,6 +386,20 @@ def test_what_rounds_the_base_weights_is_no_change(dtype: torch.dtype) -> None:
         move(model, 0.3)
         attachment.check_base()
         unwrap(model)[0].resize_token_embeddings(80)  # whose parameter is another
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float4_e2m1fn_x2", "uint4", "int8", "bool"])
+def test_quantised_base_weights_are_watched_by_their_bytes(name: str) -> None:
+    module = nn.Linear(16, 16, bias=False)
+    data = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    data = data % 2 if name == "bool" else data
+    module.weight = nn.Parameter(data.view(getattr(torch, name)), requires_grad=False)
+    weights = BaseWeights(module)
+    assert weights.changed() == {}
+    data[0, 0] += 1
+    assert list(weights.changed()) == ["weight"]
+    module.weight = nn.Parameter(torch.ones(16, 16))  # another scale, which can't be compared
+    assert weights.changed() == {}
 
 
 def test_the_embeddings_under_trained_tokens_are_the_bases() -> None:

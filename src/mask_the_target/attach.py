@@ -26,6 +26,7 @@ from mask_the_target.base import (
     BaseChoice,
     BaseWeights,
     adapter_parameters,
+    first_of,
     require_pass_through,
     resolve_base,
 )
@@ -274,17 +275,16 @@ class Attachment:
 
         It waits for the device, and takes 8 ms for SmolLM2-135M (a core that was busy with other work).
         """
-        changed = {} if "base" in self._warned else self._base_weights.changed()
-        if changed:
-            self._warned.add("base")
-            names = list(changed)
-            warnings.warn(
-                f"{len(names)} weights of the base have changed since TMKL was attached ({', '.join(names[:3])}"
-                f"{', ...' if len(names) > 3 else ''}; by up to {max(changed.values()):.1%}): an adapter was merged by "
-                "hand (as ReLoRA does), or a checkpoint loaded over them. Since then the KL has been to another model "
-                "than the base. Leave these weights alone, or pass a separately loaded model as base=.",
-                stacklevel=3,
-            )
+        if "base" in self._warned or not (changed := self._base_weights.changed()):
+            return
+        self._warned.add("base")
+        warnings.warn(
+            f"{len(changed)} weights of the base have changed since TMKL was attached ({first_of(list(changed))}; by "
+            f"up to {max(changed.values()):.1%}): an adapter was merged by hand (as ReLoRA does), or a checkpoint "
+            "loaded over them. Since then the KL has been to another model than the base. Leave these weights alone, "
+            "or pass a separately loaded model as base=.",
+            stacklevel=3,
+        )
 
     def _probe_hidden(self) -> Tensor:
         """The hidden states that reach the head on a few tokens, ``[B, T, d]``, by the model's own forward."""
@@ -396,8 +396,8 @@ class Attachment:
             names = [name for name, p in self.model.named_parameters() if id(p) in thawed]
             raise RuntimeError(
                 f"{len(thawed)} weights outside the adapter were frozen when TMKL was attached and are trainable now "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): once they move, the base moves with "
-                "them. Keep them frozen, or pass a separate frozen model as base=."
+                f"({first_of(names)}): once they move, the base moves with them. Keep them frozen, or pass "
+                "a separate frozen model as base=."
             )
 
     def _train(self, kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -306,14 +306,17 @@ class BaseWeights:
 
     def changed(self) -> dict[str, float]:
         """Names of the weights that have changed, and by how much of their size (norms of these values). It waits for
-        the device, once.
+        the device.
 
-        What rounding may do is no change: a cast of the whole model, or a merge that was undone.
+        What rounding may do is no change: a cast of the whole model, or a merge that was undone. Nor is a
+        quantisation, whose bytes are on another scale.
         """
         found = {}
         for name, now in self._read().items():
             then = self._values.get(name)
             if then is None or torch.equal(now, then):
+                continue
+            if then.dtype != now.dtype and torch.uint8 in (then.dtype, now.dtype):
                 continue
             rounding = max(torch.finfo(v.dtype).eps if v.is_floating_point() else 0.0 for v in (then, now))
             then, now = then.double(), now.double()
@@ -326,23 +329,23 @@ class BaseWeights:
         """The values on the CPU, of the weights that this process holds as they are."""
         if is_sharded(self._model):
             return {}
-        found: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for whole, (module, name, shape) in self._places.items():
             parameter = getattr(module(), "_parameters", {}).get(name)
             if parameter is None or parameter.shape != shape:
                 continue
-            data = parameter.data  # of a quantised weight its packed bytes
-            if data.numel() and not data.is_meta and not hasattr(data, "__tensor_flatten__"):
-                values = data.flatten()[:: max(1, data.numel() // 64)][:64]
-                found.setdefault((data.device, data.dtype), {})[whole] = values
-        # Together: one copy from the device, and not one for each weight.
-        return {
-            name: part
-            for group in found.values()
-            for name, part in zip(
-                group, torch.cat(list(group.values())).cpu().split([len(v) for v in group.values()]), strict=True
-            )
-        }
+            data = parameter.data
+            if not data.numel() or data.is_meta or hasattr(data, "__tensor_flatten__"):
+                continue
+            if data.dtype.itemsize == 1:  # quantised: as bytes, since torch can't compare each of these types
+                data = data.view(torch.uint8)
+            values = data.flatten()[:: max(1, data.numel() // 64)][:64]
+            groups.setdefault((data.device, data.dtype), {})[whole] = values
+        found: dict[str, Tensor] = {}
+        for group in groups.values():  # one copy from the device for each, and not one for each weight
+            together = torch.cat(list(group.values())).cpu()
+            found.update(zip(group, together.split([len(values) for values in group.values()]), strict=True))
+        return found
 
 
 def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:
@@ -358,10 +361,15 @@ def require_frozen_rest(model: nn.Module, configs: dict[str, Any]) -> None:
             f"base in place ({moving[0]}, ...): with the adapter off the model would not be the base. Use bias='none'."
         )
     raise ValueError(
-        f"{len(moving)} weights outside the adapter are trainable ({', '.join(moving[:3])}"
-        f"{', ...' if len(moving) > 3 else ''}): once they move, the model with its adapter off is not the base. "
-        "Freeze them, list their modules in modules_to_save, or pass a separate frozen model as base=."
+        f"{len(moving)} weights outside the adapter are trainable ({first_of(moving)}): once they move, the model with "
+        "its adapter off is not the base. Freeze them, list their modules in modules_to_save, or pass a separate "
+        "frozen model as base=."
     )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three, for a message, and dots for those that follow."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def _names(layers: list[Any]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def test_a_fit_is_the_raw_loop_and_the_reference(tmp_path: Path, accumulate: int
     assert expected[0] == pytest.approx((float(first.ce), float(first.kl), float(first.context_kl)), rel=1e-5)
     assert expected[0][1] > 0.01
     assert attachment_of(unwrap(module.model)[0]) is None  # detached at the end
+
+
+def test_a_base_that_is_written_over_is_told_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    class Overwrites(lightning.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            told.append(sum("weights of the base have changed" in str(each.message) for each in seen))
+            unwrap(pl_module.model)[0].model.norm.weight.data *= 1.1
+
+    with warnings.catch_warnings(record=True) as seen:
+        module = Module(with_lora(toy_llama()))
+        fit(tmp_path, module, TMKLCallback(OPTIONS), max_epochs=2, callbacks=[Overwrites()])
+    assert told == [0, 1]
 
 
 def test_the_cached_base_trains_the_same(tmp_path: Path) -> None:
