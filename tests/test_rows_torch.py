@@ -1,6 +1,7 @@
 """One block of rows: compiled and eager against the dense definition in float64, and rows without a target."""
 
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch._inductor.config
 
 from mask_the_target import TMKL, rows_torch, target_masked_kl
 from mask_the_target.head import LogitTransform
-from mask_the_target.rows_torch import compute_rows
+from mask_the_target.rows_torch import Rows, compute_rows
 
 TRANSFORM = LogitTransform(0.7, 9.0)
 COMPILED = [
@@ -87,14 +88,21 @@ def test_compiled_rows_equal_the_definition(options: TMKL, compile_all: None) ->
     assert rows_torch._compiled_for
 
 
-def test_the_gradient_may_replace_the_logits(compile_all: None) -> None:
+@pytest.mark.parametrize("compile_from", [0, 2**40], ids=["compiled", "eager"])
+def test_the_gradient_may_replace_the_logits(
+    compile_from: int, compile_all: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     z_a, z_b, labels = _logits(7, 90)
     gradient, in_place = torch.empty_like(z_a), z_a.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_torch, "_COMPILE_FROM", 2**40)
-        compute_rows(z_a, z_b, labels, TMKL(), gradient=gradient)
-    compute_rows(in_place, z_b, labels, TMKL(), gradient=in_place)
+    asked = {"full_kl": True, "token_statistics": True}
+    monkeypatch.setattr(rows_torch, "_COMPILE_FROM", 2**40)
+    expected = compute_rows(z_a, z_b, labels, TMKL(), gradient=gradient, **asked)
+    monkeypatch.setattr(rows_torch, "_COMPILE_FROM", compile_from)
+    rows = compute_rows(in_place, z_b, labels, TMKL(), gradient=in_place, **asked)
     assert torch.allclose(in_place, gradient, rtol=1e-5, atol=1e-7)
+    for field in fields(Rows):  # none is of what stands there afterwards
+        found, right = (getattr(each, field.name).double() for each in (rows, expected))
+        assert torch.allclose(found, right, rtol=1e-5, atol=1e-5), field.name
 
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)

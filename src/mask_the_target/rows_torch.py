@@ -247,18 +247,18 @@ def _rows(
         slope = torch.where(has_target, torch.where(is_target, p_a - 1, p_a) + slope, p_a - p_b)
         kl = torch.where(has_target, kl, full_kl)
         full = full_kl if settings.full_kl else None
-    if gradient is not None:
+    entropy = is_top1 = None
+    if settings.token_statistics:
+        log_p = (z_a - a.lse).clamp(min=torch.finfo(z_a.dtype).min)
+        entropy = -settings.sum(log_p.exp() * log_p).squeeze(1)
+        is_top1 = (has_target & (a.z_y >= a.highest)).squeeze(1)
+    if gradient is not None:  # last, as it may take the place of x_a, and z_a be x_a
         scaling, softcap = settings.transform
         if softcap is not None:
             slope = slope * (1 - (z_a / softcap) ** 2)
         gradient.copy_(slope if scaling == 1.0 else slope * scaling)
     kl = torch.where(has_target, torch.where(scale == 0, 0.0, kl * scale), kl)
     loss = ce + factor * kl
-    entropy = is_top1 = None
-    if settings.token_statistics:
-        log_p = (z_a - a.lse).clamp(min=torch.finfo(z_a.dtype).min)
-        entropy = -settings.sum(log_p.exp() * log_p).squeeze(1)
-        is_top1 = (has_target & (a.z_y >= a.highest)).squeeze(1)
     return (
         loss.squeeze(1),
         ce.squeeze(1),

@@ -20,7 +20,7 @@ from trl import RewardConfig, SFTConfig, SFTTrainer
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, TMKLCallback
 from mask_the_target.attach import attach, attachment_of, detach, unwrap
-from reference import reference_loss
+from reference import model_inputs, reference_loss
 
 ROWS = [{k: v[i].tolist() for k, v in batch(rows=8, length=12, seed=s).items()} for s in range(2) for i in range(8)]
 
@@ -445,8 +445,19 @@ def test_sft_trainer_trains_on_the_reference_loss(tmp_path: Path, form: str, kwa
         # transformers 4 also counts the labels of first positions, which nothing predicts
         loss = sum(float(r.loss.detach()) for r in results) * items / int(batches[0][2])
         assert entry["loss"] == pytest.approx(loss, rel=exact)
+        if Version(trl.__version__) >= Version("1.15"):  # which logs that of the targets' positions
+            entropies = [_entropy(fresh, data) for data, *_ in batches]
+            assert entry["entropy"] == pytest.approx(sum(entropies) / per_step, rel=exact)
     assert logs[0]["kl"] == 0
     assert logs[2]["kl"] > 0
+
+
+def _entropy(model: nn.Module, data: dict[str, torch.Tensor]) -> float:
+    """Nats a token, of the positions with a target."""
+    with torch.no_grad():
+        logits = model(**model_inputs(data)).logits
+    log_p = logits[:, :-1][data["labels"][:, 1:] != -100].double().log_softmax(-1)
+    return float(-(log_p.exp() * log_p).sum(-1).mean())
 
 
 @pytest.mark.parametrize("fused", [{}, {"fused_linear_cross_entropy": True}], ids=["default", "asked for"])
