@@ -163,7 +163,8 @@ def test_rounded_logits_put_a_floor_under_a_small_kl() -> None:
         "labels": torch.randint(0, 2000, (64,), generator=g),
     }
     exact = float(linear_target_masked_kl(**{k: v.double() if k != "labels" else v for k, v in x.items()}).kl)
-    assert float(linear_target_masked_kl(**x).kl) == pytest.approx(exact, rel=1e-3)
+    # float32's own rounding of these logits, by how a CPU adds up: 0.11% with AMX
+    assert float(linear_target_masked_kl(**x).kl) == pytest.approx(exact, rel=5e-3)
     rounded = float(linear_target_masked_kl(**x, logits_dtype=torch.bfloat16).kl)
     assert rounded > 1.5 * exact
     with pytest.raises(ValueError, match=r"logits_dtype=torch.float16 doesn't go with hidden states in torch.bfloat16"):
