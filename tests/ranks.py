@@ -218,6 +218,12 @@ def main() -> None:
         messages["first process's base"] = refused(
             lambda: attach(copy.deepcopy(start), OPTIONS, base=copy.deepcopy(base))
         )
+        late = copy.deepcopy(start)
+        with warnings.catch_warnings(record=True) as given, attach(late, OPTIONS):
+            warnings.simplefilter("always")
+            for parameter in late.parameters():  # by FSDP, from the first process
+                parameter.data.add_(1.0)
+        messages["weights given"] = " ".join(str(warning.message) for warning in given)
         for name in settings:
             del os.environ[name]
         as_fsdp(model, head=False)

@@ -52,6 +52,7 @@ def test_loss_and_first_update_are_those_of_one_process(ranks: int) -> None:
     assert "would not reach the optimizer. Use DDP, ZeRO-2 or FSDP2" in messages["head's parts"]
     assert "the base's fingerprint needs whole weights. To use it, fill it before" in messages["cached base"]
     assert "which would be held to an empty model. Turn cpu_ram" in messages["first process's base"]
+    assert messages["weights given"] == ""
     for weights in ("first process's weights", "sharded weights"):
         assert "the cache is filled by whole weights, and this model is sharded" in messages[weights]
     for form in ("fsdp1", "fsdp2"):

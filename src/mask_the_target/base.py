@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mask_the_target.head import adapter_classes, layer_below
 from mask_the_target.proof import off_is_base
-from mask_the_target.sharding import is_distributed, is_sharded
+from mask_the_target.sharding import is_distributed, is_sharded, loaded_by_first_process
 
 BaseChoice = Literal["auto", "off", "initial"]
 
@@ -285,8 +285,8 @@ class BaseWeights:
     """Some values of each weight of the base, by which to tell later that it was written over.
 
     Nothing else shows that: an adapter that is merged by hand (ReLoRA), or a checkpoint that is loaded over the base,
-    leaves modules, names and flags as they were. 64 values of each weight are kept; weights that are sharded, or made
-    of other tensors (torchao's), are left out.
+    leaves modules, names and flags as they were. 64 values of each weight are kept; weights that are sharded, made of
+    other tensors (torchao's), or loaded on the first process alone until FSDP wraps them, are left out.
 
     Args:
         model: the model that runs as the base; its adapters' own weights are left out.
@@ -327,7 +327,7 @@ class BaseWeights:
 
     def _read(self) -> dict[str, Tensor]:
         """The values on the CPU, of the weights that this process holds as they are."""
-        if is_sharded(self._model):
+        if is_sharded(self._model) or loaded_by_first_process():
             return {}
         groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for whole, (module, name, shape) in self._places.items():
