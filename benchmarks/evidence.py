@@ -15,6 +15,7 @@ from mask_the_target.front.fronts import compare
 from mask_the_target.front.results import Recipe, Result, read_results
 from mask_the_target.front.suggest import Outcome, leave_one_out
 
+RECOMMENDED = ("both", "tmkl_weight 0.1, tmkl_context_weight 3,")
 # Method, and what its setting begins with where only one of several is meant: how it is called.
 METHODS = {
     ("ce", ""): "plain CE, with early stop and scaling",
@@ -26,7 +27,7 @@ METHODS = {
     ("context", "tmkl_context_weight 1,"): "prompt's KL, weight 1",
     ("context", "tmkl_context_weight 3,"): "prompt's KL, weight 3",
     ("both", "tmkl_weight 0.3, tmkl_context_weight 1,"): "TMKL 0.3, prompt's KL 1",
-    ("both", "tmkl_weight 0.1, tmkl_context_weight 3,"): "TMKL 0.1, prompt's KL 3: `TMKL.recommended()`",
+    RECOMMENDED: "TMKL 0.1, prompt's KL 3: `TMKL.recommended()`",
     ("budget", "max_drift 0.01,"): "TMKL 0.1, prompt's drift 0.01",
     ("budget", "max_drift 0.02,"): "TMKL 0.1, prompt's drift 0.02",
     ("anchors", "tmkl_context_weight 1,"): "anchors, weight 1",
@@ -71,8 +72,9 @@ def by_kept(recipe: Recipe, measure: str) -> Recipe:
 
 def tables(study: Path) -> dict[str, str]:
     """Each by its name: hypervolume, that less plain CE's and less full KL's, what is learned within 1% and 5%, each
-    setting's hypervolume less plain CE's, the runs at their end, and of several sets TMKL less the full KL at the same
-    settings, everything less the recommended weights, seed 0 alone and `mtt suggest` judged by them."""
+    setting's hypervolume less plain CE's and the runs at their end; of a study of several weights also TMKL less the
+    full KL at the same settings, everything less the recommended weights, seed 0 alone and `mtt suggest` judged by
+    them."""
     points = read(study / "report.csv")
     figures = {
         (row["recipe"], row["kept"], row["method"], row["setting"]): row for row in read(study / "report.figures.csv")
@@ -105,7 +107,7 @@ def tables(study: Path) -> dict[str, str]:
         for row in rows(f"learned losing {tolerance}", "{:.0%}", "text", f"{{}}, {tolerance}")
     ]
     several = {}
-    if len(sets) > 2:  # rank 64 has two at one seed, of which the tables above say all
+    if find(sets[0], "text", *RECOMMENDED):  # not at rank 64, of which the tables above say all
         results = read_results(study)
         recipes = [Recipe(one, [result for result in results if result["recipe"] == one]) for one in sets]
         several = {
@@ -164,7 +166,7 @@ def tmkl_less_full_kl(recipes: list[Recipe]) -> list[list[str]]:
 
 def less_recommended(recipes: list[Recipe]) -> list[list[str]]:
     """The hypervolume of what METHODS names less that of the recommended weights, at the seeds that both have."""
-    recommended = next(name for name in METHODS.values() if "recommended" in name)
+    recommended = METHODS[RECOMMENDED]
     found: dict[tuple[str, str], dict[str, str]] = {}
     for here in recipes:
         apart = [
