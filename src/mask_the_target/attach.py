@@ -412,7 +412,8 @@ class Attachment:
         kwargs |= self._settings
         if targets.device.type == "cpu":  # elsewhere the check would wait for the device
             check_labels(targets.reshape(-1), vocabulary=self._vocabulary)
-        if num_context is None and self.step_counts is not None:
+        # A trainer that gives no count averages over its batches itself; but TRL's fused one divides by it afterwards.
+        if num_context is None and self.step_counts is not None and (fused or num_items is not None):
             num_items, num_context = self.step_counts
         positions = self._positions(kwargs, targets, num_items, num_context, shift=shift)
 

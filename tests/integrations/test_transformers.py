@@ -193,6 +193,29 @@ class _GoesPast(Trainer):
         return unwrap(model)[0].model(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
 
 
+class _Averages(Trainer):
+    """A subclass that doesn't tell the model how many tokens the step has, and takes the mean over its batches."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return model(**inputs).loss
+
+
+def test_a_trainer_that_averages_over_batches_itself_does_so_with_context_too(tmp_path: Path) -> None:
+    """At the first step there is no KL yet, so it changes nothing."""
+    found = []
+    for options in (TMKL(), TMKL(context_weight=1.0)):
+        model = with_lora(toy_llama())
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = _trainer(tmp_path, model, TMKLCallback(options), _Averages, **settings)
+        trainer.train()
+        found.append((_logged(trainer)[0]["loss"], [p.detach() for p in model.parameters() if p.requires_grad]))
+    (loss, weights), (loss_with, weights_with) = found
+    assert loss_with == pytest.approx(loss, rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(weights, weights_with, strict=True))
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
