@@ -165,6 +165,30 @@ def test_the_base_is_settled_before_a_checkpoint_is_loaded(tmp_path: Path) -> No
     assert seen[0] == pytest.approx(float(expected.kl), rel=1e-3)
 
 
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_what_the_module_unfreezes_in_its_own_setup_is_refused(init: Any, tmp_path: Path) -> None:
+    """Which comes after the callback's."""
+
+    class Thaws(Module):
+        def setup(self, stage: str) -> None:
+            unwrap(self.model)[0].model.norm.weight.requires_grad_(True)
+
+    with pytest.raises(ValueError, match=r"1 weights outside the adapter are trainable \(model\.norm\.weight\)"):
+        fit(tmp_path, Thaws(with_lora(toy_llama(), init_lora_weights=init)), TMKLCallback(OPTIONS))
+
+
+def test_a_model_that_the_module_replaces_in_its_own_setup_is_its_own_base(tmp_path: Path) -> None:
+    class Replaces(Module):
+        def setup(self, stage: str) -> None:
+            self.model = with_lora(toy_llama(), moved=0.2)
+
+    module = Replaces(with_lora(toy_llama(seed=1)))
+    fit(tmp_path, module, TMKLCallback(OPTIONS))
+    model = with_lora(toy_llama(), moved=0.2)
+    raw_loop(model)
+    assert all(torch.equal(a, b) for a, b in zip(weights(module.model), weights(model), strict=True))
+
+
 def test_losses_that_are_not_ours_are_stopped(tmp_path: Path) -> None:
     class FromLogits(Module):
         def training_step(self, inputs: Any, index: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ else:
         ) from error
 
 from mask_the_target.attach import Attachment, attach, cache_of, unwrap
-from mask_the_target.base import Base, BaseChoice, adapter_layers, resolve_base
+from mask_the_target.base import Base, BaseChoice, adapter_layers, require_frozen_rest, resolve_base
 from mask_the_target.base_cache import BaseCache
 from mask_the_target.cache import CachedBase
 from mask_the_target.integrations.first_step import FirstStep
@@ -91,12 +91,17 @@ class TMKLCallback(Callback):
                 )
             )
         inner, configs = unwrap(models[0])
-        base = self._base or resolve_base(inner, self._choice, configs=configs)
-        if self._base is None and base.kind == "initial" and trainer.ckpt_path is not None:
-            raise ValueError(
-                "the model was made in configure_model and a checkpoint was loaded over its initial adapter, which is "
-                "what the base is told by. Make the model in __init__, or give base= a separate frozen model."
-            )
+        base = self._base
+        if base is None or (base.kind != "model" and base.model is not inner):
+            base = resolve_base(inner, self._choice, configs=configs)
+            if base.kind == "initial" and trainer.ckpt_path is not None:
+                raise ValueError(
+                    "the model was made in setup or configure_model and a checkpoint was loaded over its initial "
+                    "adapter, which is what the base is told by. Make the model in __init__, or give base= a separate "
+                    "frozen model."
+                )
+        elif base.kind != "model":
+            require_frozen_rest(inner, configs)  # the module's own setup comes after ours, and may have unfrozen some
         cache = None if self._cached is None else BaseCache(self._cached, base)
         self._attachment = attach(models[0], self.options, base=base, cache=cache, full_kl=self.full_kl)
         self._attachment.strict = True
