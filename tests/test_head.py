@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import batch, toy_llama, with_lora
 from mask_the_target import TMKL, attach
@@ -121,6 +121,15 @@ class _Odd(nn.Module):
         return output
 
 
+class _FollowsLabels(_Odd):
+    """Reads to the right where token types come without labels, as PaliGemma before transformers 5."""
+
+    def forward(self, input_ids: Tensor, token_type_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        if labels is None and token_type_ids is not None and token_type_ids.any():
+            input_ids = input_ids.flip(1)
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -128,10 +137,11 @@ class _Odd(nn.Module):
         ("shifted", "transform of its head's output on a probe of eight tokens differs"),
         ("sliced", "returns 40 logits from a head of 48 tokens"),
         ("z-loss", "it trains on another loss than next-token cross-entropy"),
+        ("follows labels", "or labels change its logits (PaliGemma's, before transformers 5)"),
     ],
 )
 def test_what_the_probe_can_not_prove_is_refused(kind: str, message: str) -> None:
-    odd = _Odd(kind)
+    odd = _FollowsLabels(kind) if kind == "follows labels" else _Odd(kind)
     tap = HeadTap(odd.inner)
     with pytest.raises(ValueError) as error:
         probe(odd.inner, odd.forward, tap)

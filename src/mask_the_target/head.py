@@ -289,6 +289,9 @@ def probe_inputs(model: nn.Module, forward: Callable[..., Any], vocabulary: int)
     # Spread over the first two thirds: placeholders of images and the like sit at the vocabulary's ends.
     ids = (torch.arange(8, device=device) * 7919 + vocabulary // 3) % max(2, vocabulary * 2 // 3)
     inputs: dict[str, Any] = {"input_ids": ids.reshape(2, 4), "attention_mask": torch.ones_like(ids).reshape(2, 4)}
+    # Of prompts and answers, and not of an embedding's kinds: some masks follow them.
+    if "token_type_ids" in inspect.signature(forward).parameters and not hasattr(text_config(model), "type_vocab_size"):
+        inputs["token_type_ids"] = torch.tensor([[0, 0, 1, 1]] * 2, device=device)
     return inputs | {name: value for name, value in FORWARD_SETTINGS.items() if accepted(forward, name)}
 
 
@@ -371,7 +374,7 @@ def _prove_loss(
         f"{name}'s own loss on a probe is {float(own.loss):.5f}, but the cross-entropy of its logits"
         f"{' with its auxiliary loss' if coefficient else ''} is {shifted + auxiliary:.5f}, and "
         f"{unshifted + auxiliary:.5f} without shifting the labels; it trains on another loss than next-token "
-        "cross-entropy, which is not supported."
+        "cross-entropy, or labels change its logits (PaliGemma's, before transformers 5), which is not supported."
     )
 
 
