@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from conftest import toy_llama, with_lora
+from conftest import SIZES, move, toy_llama, with_lora
 from mask_the_target import TMKL, CachedBase, TMKLCallback, attach
+from mask_the_target.base import adapter_layers
 
 
 @contextmanager
@@ -101,6 +103,42 @@ def test_a_later_run_finds_them_and_another_base_does_not(tmp_path: Path) -> Non
             train(model, padded, EPOCHS[1:2])
         assert len(passes) == 2 + of_the_batches  # two to see that it is deterministic
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_initial_adapter_that_is_on_or_scaled_differently_is_another_base(tmp_path: Path) -> None:
+    """The weights are the same ones. Nothing has been trained, so the KL is 0."""
+    for chosen, factor in (("default", 1.0), ("other", 1.0), ("default", 2.0), ("default", 1.0)):
+        model = with_lora(toy_llama())
+        model.add_adapter("other", model.peft_config["default"])
+        move(model, 0.3)
+        move(model, 0.3, seed=2)
+        model.set_adapter(chosen)
+        for layer in adapter_layers(model):
+            layer.scaling[chosen] *= factor
+        with attach(model, base=CachedBase("initial", folder=tmp_path)) as attachment:
+            model(**padded(documents()))
+            assert float(attachment.last.kl) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_documents_that_follow_their_place_in_the_row_are_not_taken_apart(tmp_path: Path) -> None:
+    """Llama 4's temperatures of attention, which are those of the row's positions."""
+    settings = {"intermediate_size_mlp": 32, "num_local_experts": 2, "moe_layers": [], "head_dim": 4}
+    settings |= {
+        "floor_scale": 4,
+        "attn_scale": 2.0,
+        "attn_temperature_tuning": True,
+        "no_rope_layers": [0, 0],
+        "use_qk_norm": False,
+    }
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**(SIZES | settings))
+    model = with_lora(transformers.Llama4ForCausalLM(config), target_modules=["q_proj"])
+    batches = [packed([documents()[i] for i in chosen]) for chosen in ([0, 3], [1, 4], [1, 3])]
+    with attach(model, base=CachedBase(folder=tmp_path)) as attachment:
+        for inputs in batches:
+            model(**inputs)
+            assert float(attachment.last.kl) == 0
 
 
 def test_documents_that_see_each_other_are_not_taken_apart(tmp_path: Path) -> None:

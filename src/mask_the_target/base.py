@@ -464,7 +464,7 @@ def _require_no_hidden_start(name: str, config: Any, model: nn.Module) -> None:
 def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the adapter's weights are what they are now. Memory: one frozen copy of the adapter."""
     layers = adapter_layers(model)
-    parameters, active = adapter_parameters(model), _active(layers)
+    parameters, active = adapter_parameters(model), active_adapters(layers)
     initial: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
 
     def require_unchanged() -> None:
@@ -473,7 +473,7 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
         layers = adapter_layers(model)
         _require_adapter(model, layers)
         now = adapter_parameters(model)
-        if _active(layers) != active or [id(p) for p in now] != [id(p) for p in parameters]:
+        if active_adapters(layers) != active or [id(p) for p in now] != [id(p) for p in parameters]:
             raise RuntimeError(
                 "the model's adapters were added, switched, scaled or replaced since base='initial' kept a copy, so "
                 "the copy is not the base any more. Detach, and attach again."
@@ -500,7 +500,7 @@ def _initial_adapters(model: nn.Module) -> Callable[[], AbstractContextManager[N
     return context
 
 
-def _active(layers: list[Any]) -> list[tuple[list[str], bool, dict[str, float]]]:
+def active_adapters(layers: list[Any]) -> list[tuple[list[str], bool, dict[str, float]]]:
     """What a layer adds besides its adapters' weights: which of them, whether at all, and by which factor."""
     return [
         (list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))) for layer in layers

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mask_the_target.base import Base, adapter_tensors
+from mask_the_target.base import Base, active_adapters, adapter_layers, adapter_tensors
 from mask_the_target.cache import GIB, MIB, CachedBase, HiddenStates, fingerprint, spans
 from mask_the_target.context import restarts
+from mask_the_target.head import text_config
 from mask_the_target.sharding import is_sharded
 
 # All that an input may hold besides flags; the lengths of packed documents say no more than position_ids.
@@ -47,6 +48,11 @@ class BaseCache:
         self._missed = 0
         self._off: str | None = None
         self._longest, self._said = _longest_alone(base.model), False
+        config = text_config(base.model)
+        # Of Llama 4: its temperatures of attention follow the place in the row and not in the document, and so do its
+        # chunks before transformers 5.
+        limits = [getattr(config, name, None) for name in ("attention_chunk_size", "floor_scale")]
+        self._placed_alike = min((limit for limit in limits if isinstance(limit, int)), default=None)
 
     def hidden(self, inputs: Mapping[str, Any], supervised: Tensor, compute: Callable[..., Tensor]) -> Tensor:
         """The base's final hidden states at the supervised positions, ``[n, d]`` in the stored dtype.
@@ -111,12 +117,13 @@ class BaseCache:
 
     def _read(self, store: HiddenStates, inputs: Mapping[str, Any], supervised: Tensor) -> tuple[list[Any], Any]:
         """The documents of the supervised positions, and their stored hidden states ``[n, d]``: None if any isn't."""
+        alike = self._placed_alike is None or inputs["input_ids"].shape[1] <= self._placed_alike
         documents = spans(
             inputs["input_ids"],
             inputs.get("attention_mask"),
             inputs.get("position_ids"),
             supervised,
-            isolated=self._isolated.get(_given(inputs), False),
+            isolated=alike and self._isolated.get(_given(inputs), False),
         )
         return documents, store.read([d.key for d in documents], [d.end - d.start for d in documents])
 
@@ -188,6 +195,8 @@ class BaseCache:
         dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else hidden.dtype
         without = set() if self._base.kind == "initial" else {id(tensor) for tensor in adapter_tensors(model)}
         extra = {"base": self._base.kind, "autocast": self._autocast, "stored": str(dtype)}
+        if self._base.kind == "initial":  # its weights don't say which adapters are on, nor by which factor
+            extra["adapters"] = str(active_adapters(adapter_layers(model)))
         try:
             with self._base.context():
                 key, description = fingerprint(model, without=without, **extra)
