@@ -137,6 +137,20 @@ def test_compare_pairs_seeds_and_leaves_out_what_failed() -> None:
     assert len(points_of(results)) == 6
 
 
+def test_a_failed_trial_takes_its_setting_from_no_other_seed() -> None:
+    """A rate at which one seed diverges is still one that plain CE has, and the box is the best that it reaches."""
+    whole = [result("ce", seed, (2.0, 0.4), setting=1) for seed in range(2)]
+    whole += [result("ce", seed, (3.0, 0.1)) for seed in range(3)]
+    found = compare([*whole, result("ce", 2, status="failed", setting=1)])["r"]
+    best, worst = (2.0 + 2.0 + 3.0) / 3, (0.4 + 0.4 + 0.1) / 3
+    assert (found["box"].best_loss, found["box"].worst_rise) == (pytest.approx(best), pytest.approx(worst))
+    figures = found["methods"]["ce"]
+    assert (figures["trials"], figures["failed"], figures["hypervolume"]["n"]) == (6, 1, 3)
+    area = (4.0 - best) * worst
+    each = [1.0 * (worst - 0.1) / area] * 3  # the point at 2.0 is beyond the box's worst rise
+    assert figures["hypervolume"]["mean"] == pytest.approx(np.mean(each))
+
+
 def test_seeds_are_compared_by_the_settings_that_all_have() -> None:
     """The first seed's second setting, better than all, is left out of the figures and stays in the front."""
     same = [

@@ -499,6 +499,8 @@ def test_refusals_before_anything_is_written(tmp_path: Path, capsys: pytest.Capt
         ("[]", f"{first} is not a trial's result as mtt sweep writes it: it lacks key, recipe"),
         (json.dumps(json.loads(whole) | {"model": "other"}), "they differ in their model: other ("),
         (json.dumps(json.loads(whole) | {"sizes": "full"}), "they differ in their sizes: full ("),
+        (json.dumps(json.loads(whole) | {"data": {"test": "b"}}), "they differ in their data: {'test': 'b'} ("),
+        (json.dumps(json.loads(whole) | {"texts": {"wikitext": {}}}), "they differ in their texts: {'wikitext': {}} ("),
         (json.dumps({k: v for k, v in json.loads(whole).items() if k != "base"}), "no base's target loss"),
         (whole.replace('"scale"', '"skale"'), f"{first}: a point lacks scale"),
     ):

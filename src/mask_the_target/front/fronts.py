@@ -201,13 +201,14 @@ def _methods(results: Sequence[Mapping[str, Any]], box: Box, against: Sequence[s
 
 def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Point]]:
     """The points of each seed that has any, of the settings and options that all of these seeds share, if there are
-    such. Where the base's hidden states come from is not asked: it changes nothing."""
-    settings: dict[int, dict[str, list[Point]]] = {}
+    such. A trial that failed was run, so the other seeds keep its setting. Where the base's hidden states come from is
+    not asked: it changes nothing."""
+    run: dict[int, dict[str, list[Point]]] = {}
     for result in results:
-        if points := points_of([result]):
-            options = {key: value for key, value in result.get("options", {}).items() if key != "base"}
-            name = json.dumps([result["setting"], options], sort_keys=True, default=str)
-            settings.setdefault(result["seed"], {}).setdefault(name, []).extend(points)
+        options = {key: value for key, value in result.get("options", {}).items() if key != "base"}
+        name = json.dumps([result["setting"], options], sort_keys=True, default=str)
+        run.setdefault(result["seed"], {}).setdefault(name, []).extend(points_of([result]))
+    settings = {seed: own for seed, own in run.items() if any(own.values())}
     shared = set.intersection(*map(set, settings.values())) if settings else set()
     return {
         seed: [point for name, points in own.items() if not shared or name in shared for point in points]

@@ -130,6 +130,10 @@ def columns_and_rows(comparison: Mapping[str, Any]) -> tuple[list[Column], list[
             ),
             [_percent(value) for value in metric(probe, "logprob")],
         )
+    add(
+        Column("instructions followed", "Share of instructions whose form a program found in the answer.", "higher"),
+        [_percent(value) for value in metric("instructions", "followed")],
+    )
     for probe in dict.fromkeys(probe for arm in arms for probe in arm["probes"] if probe.startswith(PREFIX)):
         found = [arm["probes"].get(probe, {}) for arm in arms]
         for column, values in _task_columns(probe.removeprefix(PREFIX), found, base.get(probe, {})):

@@ -55,6 +55,8 @@ def read_results(folder: Path) -> list[Result]:
         for what, value in (
             ("model", lambda result: result["model"]),
             ("sizes", lambda result: result["sizes"]),
+            ("data", lambda result: {key: v for key, v in (result.get("data") or {}).items() if key != "train"}),
+            ("texts", lambda result: result.get("texts")),
             ("dtype", lambda result: result["options"].get("dtype")),
             ("text probes", lambda result: [probe for probe in result["probes"] if probe.startswith("text:")]),
         ):
