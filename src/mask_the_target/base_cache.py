@@ -86,15 +86,15 @@ class BaseCache:
         if found is not None:
             return found.to(supervised.device)
         hidden = compute(inputs)
-        self._missed += len(supervised)
+        # Rows that are there already don't count: they stand beside one that isn't, as anchors of many lengths do.
+        written = [store.write(document.key, hidden[document.start : document.end]) for document in documents]
+        self._missed += sum(d.end - d.start for d, new in zip(documents, written, strict=True) if new)
         if self.expected is not None and self._missed > 1.5 * self.expected + len(supervised):
             self._stop(
                 "the sequences differ from epoch to epoch (a random augmentation or packing), so the stored hidden "
                 "states are never asked for again"
             )
             return hidden
-        for document in documents:
-            store.write(document.key, hidden[document.start : document.end])
         return hidden.to(store.dtype)  # so that the first epoch's losses are the later ones'
 
     def _hidden_together(self, inputs: Mapping[str, Any], supervised: Tensor, compute: Callable[..., Tensor]) -> Tensor:

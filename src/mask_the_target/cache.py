@@ -312,25 +312,28 @@ class HiddenStates:
         self.hits += len(keys)
         return torch.cat([torch.empty(0, self.hidden_size, dtype=self.dtype), *parts])
 
-    def write(self, key: bytes, hidden: Tensor) -> None:
-        """Keep ``hidden`` ``[rows, d]`` under ``key``, unless it is there or the store is full.
+    def write(self, key: bytes, hidden: Tensor) -> bool:
+        """Keep ``hidden`` ``[rows, d]`` under ``key``, unless it is there or the store is full; False if it is there.
 
         It is readable at once, and on the disk after :meth:`flush` or when 64 MiB have come together.
         """
         if hidden.dim() != 2 or hidden.shape[1] != self.hidden_size or not len(hidden):
             raise ValueError(f"hidden states {list(hidden.shape)} can't be stored as [rows, {self.hidden_size}].")
-        if self.full or key in self._index or key in self._buffer:
-            return
+        if key in self._index or key in self._buffer:
+            return False
+        if self.full:
+            return True
         size = hidden.numel() * self.dtype.itemsize + _SPAN_OVERHEAD
         try:
             self._require_room(self._buffered + size)
         except OSError as error:
             self._stop(error)
-            return
+            return True
         self._buffer[key] = hidden.detach().to("cpu", self.dtype, copy=True)
         self._buffered += size
         if self._buffered >= SHARD_BYTES:
             self.flush()
+        return True
 
     def flush(self) -> None:
         """Write the buffer as one shard. If the disk refuses, the store stops growing; nothing is raised."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,24 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
 from conftest import toy_llama, with_lora
 from integrations.test_transformers import CHATS, _arguments, _logged, _tokenizer
-from mask_the_target import TMKL, Anchors, TMKLCallback
+from mask_the_target import TMKL, Anchors, CachedBase, TMKLCallback
 from mask_the_target.anchors import AnchorCollator, load_anchors, save_anchors, write_anchors
 from mask_the_target.attach import Totals, attach
 from mask_the_target.base import adapters_off
 from mask_the_target.budget import PATIENCE, DriftBudget
+from mask_the_target.files import write_whole
 from reference import reference_loss
 
 OPTIONS = TMKL(weight=0.5, context_weight=0.8)
@@ -378,6 +387,33 @@ def test_a_trainer_whose_loader_collates_in_its_own_way_is_stopped_before_its_fi
     assert trainer.state.global_step == 0
 
 
+def test_a_file_that_can_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "anchors.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"anchors\.jsonl"):
+        write_whole(tmp_path / "anchors.jsonl", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["anchors.jsonl"]
+
+
+def test_a_cached_base_stays_on_beside_anchors_that_are_cut_to_many_lengths(tmp_path: Path) -> None:
+    """A batch whose anchor is new is computed whole, and its rows that were there already count as no new data."""
+    random = torch.Generator().manual_seed(0)
+
+    def words(least: int, most: int) -> str:
+        count = int(torch.randint(least, most, (1,), generator=random))
+        return " ".join(f"w{int(w)}" for w in torch.randint(0, 42, (count,), generator=random))
+
+    rows = [{"prompt": words(5, 21), "completion": f" {words(5, 31)}"} for _ in range(160)]
+    written = [{"text": words(10, 25), "start": "text", "temperature": 1.0} for _ in range(64)]
+    save_anchors(written, tmp_path / "anchors.jsonl")
+    base = CachedBase(folder=str(tmp_path / "cache"))
+    callback = TMKLCallback(OPTIONS, base=base, anchors=Anchors(tmp_path / "anchors.jsonl"))
+    more = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
+    trainer = _sft(tmp_path, rows, callback, max_steps=-1, **more)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="base='cached' is off")
+        trainer.train()
+
+
 # ----------------------------------------------------------------------------------------------------------- budget
 
 
@@ -438,6 +474,14 @@ def test_a_budget_is_met_from_any_start_and_kept_in_checkpoints(tmp_path: Path, 
     for entry, other in zip(logs[7:20], _logged(on)[-13:], strict=True):
         assert entry["step"] == other["step"]
         assert other["context_weight"] == pytest.approx(entry["context_weight"], rel=1e-4)
+
+
+def test_each_node_keeps_a_budget_in_checkpoints_of_its_own(tmp_path: Path) -> None:
+    callback = TMKLCallback(TMKL(context_weight=1.0), max_drift=0.01)
+    callback._budget = DriftBudget(0.01, 3.0)
+    other_node = TrainerState(global_step=5, is_world_process_zero=False)
+    callback.on_save(_arguments(tmp_path, save_on_each_node=True), other_node, TrainerControl())
+    assert json.loads((tmp_path / "checkpoint-5/drift_budget.json").read_text())["weight"] == 3.0
 
 
 def test_a_step_that_is_no_number_is_left_out_of_the_budget_and_stays_in_the_log() -> None:

@@ -593,6 +593,30 @@ def test_a_training_that_fails_gives_the_model_back(tmp_path: Path, error: type[
         assert ("kl" in _logged(following)[-1]) == bool(callbacks)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_training_that_fails_between_its_steps_gives_the_model_back(tmp_path: Path, late: bool) -> None:
+    """The next one is plain: each of its losses is the model's own."""
+
+    class Fail(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = with_lora(toy_llama(), moved=0.2)
+    trainer = _trainer(tmp_path, model, Fail() if late else TMKLCallback())
+    trainer.add_callback(TMKLCallback() if late else Fail())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    alone = with_lora(toy_llama())
+    alone.load_state_dict(model.state_dict())
+    losses = []
+    for each in (model, alone):
+        plain = Trainer(each, _arguments(tmp_path), train_dataset=ROWS, data_collator=_collate)
+        plain.train()
+        losses.append([entry["loss"] for entry in _logged(plain)])
+    assert losses[0] == losses[1]
+    assert attachment_of(unwrap(model)[0]) is None
+
+
 def test_a_trainer_that_goes_on_after_a_failed_step_is_stopped(tmp_path: Path) -> None:
     """The callback came late, and something around the step swallows what it raises."""
 

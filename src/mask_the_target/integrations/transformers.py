@@ -99,6 +99,7 @@ class TMKLCallback(TrainerCallback):
         self._value_known = True
         self._steps = 0
         self._stop_counting: Callable[[], None] | None = None
+        self._built_with: Any = None  # the trainer that was built with it; it may be given to others later
         self._guarded: Any = None  # the trainer whose training gives the model back when it fails
         self._checkpoint: Any = None  # what it was told to go on from
 
@@ -114,7 +115,7 @@ class TMKLCallback(TrainerCallback):
             keep = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **keep}
         log_before_reporters(self)
-        trainer = _calling_trainer()
+        trainer = self._built_with = _calling_trainer()
         self._release_on_error(trainer, "train")
         if hasattr(trainer, "_tag_names"):  # what TRL's model card is tagged with
             trainer._tag_names = [*trainer._tag_names, "tmkl"]
@@ -188,7 +189,7 @@ class TMKLCallback(TrainerCallback):
         trainer.get_train_dataloader = get_train_dataloader
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._budget is not None and state.is_world_process_zero:
+        if self._budget is not None and args.should_save:  # by each node, where each keeps its own checkpoints
             trainer = _calling_trainer()  # whose folder is another in each trial of a search
             trial = getattr(trainer, "_trial", None)
             folder = args.output_dir if trainer is None else trainer._get_output_dir(trial=trial)
@@ -201,11 +202,14 @@ class TMKLCallback(TrainerCallback):
         _check_arguments(args)
         if self.anchors is not None:
             _require_anchors(kwargs["train_dataloader"])
-        self._release_on_error(_calling_trainer(), "training_step")  # of a callback that came later than the trainer
+        trainer = _calling_trainer()
+        self._release_on_error(trainer, "training_step")  # of a callback that came later than the trainer
         if not self._ahead:
             self._attach(kwargs["model"], args, resumed=state.global_step > 0)
         self._ahead = False
         assert self._attachment is not None
+        if trainer is not self._built_with:  # its train() runs already, and no guard sees it fail between steps
+            self._attachment.is_running = lambda: _calling_trainer() is trainer
         cache = self._attachment.cache
         if cache is not None:
             expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
