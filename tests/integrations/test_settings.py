@@ -22,6 +22,8 @@ def test_keys_become_the_callbacks_options_also_as_text() -> None:
     callback = callback_from(settings | {"tmkl_full_kl": "true"}, "here")
     assert callback.options == TMKL(weight=0.1, mask_target=False, divergence="jsd")
     assert callback.full_kl is True
+    callback = callback_from({"tmkl_full_kl": "False", "tmkl_mask_target": "False"}, "here")
+    assert (callback.full_kl, callback.options.mask_target) == (False, False)
     assert callback_from({}, "here").options == TMKL()
 
 
@@ -43,6 +45,7 @@ def test_anchors_are_a_word_or_a_file(tmp_path: Path) -> None:
         ),
         ({"tmkl_base": "of"}, "here: tmkl_base is 'of'; choose one of auto, off, initial, cached."),
         ({"tmkl_weight": "much"}, "TMKL: weight='much' is not possible; it must be >= 0"),
+        ({"tmkl_full_kl": "no"}, "here: tmkl_full_kl is 'no'; give true or false."),
         ({"tmkl_max_drift": 0.1}, "max_drift=0.1 without a context_weight has no effect"),
         ({"tmkl_anchors": "auto"}, "without a context_weight has no effect"),
         ({"tmkl_anchors": False}, "here: tmkl_anchors is False; give auto, none, or a file of JSON Lines."),

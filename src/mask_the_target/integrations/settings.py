@@ -40,6 +40,8 @@ def callback_from(settings: Mapping[str, Any], where: str) -> TMKLCallback:
     base = given.pop("base", "auto")
     if base not in _BASES:
         raise ValueError(f"{where}: tmkl_base is {base!r}; choose one of {', '.join(_BASES)}.")
+    if not isinstance(given.get("full_kl", False), bool):
+        raise ValueError(f"{where}: tmkl_full_kl is {given['full_kl']!r}; give true or false.")
     beside = {name: given.pop(name) for name in ("full_kl", "max_drift") if name in given}
     anchors = _anchors(given, where)
     return TMKLCallback(TMKL(**given), base=base, anchors=anchors, **beside)
@@ -58,6 +60,9 @@ def _anchors(given: dict[str, Any], where: str) -> Anchors | None:
 
 
 def _value(value: Any) -> Any:
+    """Of an environment variable or a YAML that reads 1e-1 as text; also Python's way to write true and false."""
+    if value in ("True", "False"):
+        value = value.lower()
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
