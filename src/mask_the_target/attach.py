@@ -157,9 +157,8 @@ class Attachment:
     keep_logits: bool = False
     strict: bool = False
     step_counts: tuple[Any, Any] | None = None
-    # Also by integrations: whether what they attached for still runs. Once it doesn't, the next forward gives the model
-    # back.
-    is_running: Callable[[], bool] | None = None
+    # Also by integrations: called before each forward. It may detach, once what they attached for has ended.
+    before_forward: Callable[[], None] | None = None
     on_backward: Callable[[Tensor, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
@@ -336,8 +335,8 @@ class Attachment:
                 "this is a copy of a model that TMKL was attached to, and it would run the original's weights. Detach "
                 "before copying, and attach to the copy."
             )
-        if self.is_running is not None and not torch.compiler.is_compiling() and not self.is_running():
-            self.detach()
+        if self.before_forward is not None and not torch.compiler.is_compiling():
+            self.before_forward()
         if not self._active:
             return self._previous(*args, **kwargs)
         self._running = True

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -615,6 +616,18 @@ def test_a_training_that_fails_between_its_steps_gives_the_model_back(tmp_path: 
         losses.append([entry["loss"] for entry in _logged(plain)])
     assert losses[0] == losses[1]
     assert attachment_of(unwrap(model)[0]) is None
+
+
+def test_a_forward_that_a_late_callback_can_not_tell_is_its_trainers_is_not_left_plain(tmp_path: Path) -> None:
+    class Elsewhere(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **kwargs: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(model, **inputs).result().loss
+
+    trainer = Elsewhere(with_lora(toy_llama()), _arguments(tmp_path), train_dataset=ROWS, data_collator=_collate)
+    trainer.add_callback(TMKLCallback())
+    with pytest.raises(RuntimeError, match="which took TMKL off the model, and the trainer goes on"):
+        trainer.train()
 
 
 def test_a_trainer_that_goes_on_after_a_failed_step_is_stopped(tmp_path: Path) -> None:

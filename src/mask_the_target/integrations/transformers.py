@@ -209,7 +209,7 @@ class TMKLCallback(TrainerCallback):
         self._ahead = False
         assert self._attachment is not None
         if trainer is not self._built_with:  # its train() runs already, and no guard sees it fail between steps
-            self._attachment.is_running = lambda: _calling_trainer() is trainer
+            self._attachment.before_forward = functools.partial(self._release_after, trainer)
         cache = self._attachment.cache
         if cache is not None:
             expected = supervised_tokens(kwargs["train_dataloader"], args, context=self.options.context_weight > 0)
@@ -256,6 +256,11 @@ class TMKLCallback(TrainerCallback):
         if self._budget is not None and self._budget.missed:
             warnings.warn(self._budget.missed, stacklevel=2)
         self._release()
+
+    def _release_after(self, trainer: Any) -> None:
+        """Give the model back where it isn't this trainer that runs it: its training has failed."""
+        if _calling_trainer() is not trainer:
+            self._release()
 
     def _release(self) -> None:
         if self._attachment is not None:
